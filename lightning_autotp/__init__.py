@@ -1,0 +1,17 @@
+from lightning_autotp.config import TPConfig, TPTrainingConfig
+from lightning_autotp.plan import ShardingPlan
+from lightning_autotp.planner import make_plan
+from lightning_autotp.presets import AutoTPPresets
+from lightning_autotp.specs import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
+
+__all__ = [
+    "AutoTPConfig",
+    "AutoTPPresets",
+    "PartitionType",
+    "ShardingPlan",
+    "TPConfig",
+    "TPLayerSpec",
+    "TPTrainingConfig",
+    "make_plan",
+    "merge_autotp_configs",
+]

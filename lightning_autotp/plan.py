@@ -1,0 +1,149 @@
+"""The plan: what is cut, how, and why; and how it is shown to people."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_autotp.layout import Layout
+from lightning_autotp.specs import TPLayerSpec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A spec and where it came from: ``user``, ``preset NAME`` or ``model plan``."""
+
+    spec: TPLayerSpec
+    source: str
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What happens to one parameter.
+
+    Args:
+        name: its name in the model (wrappers included).
+        module: the path of the module that owns it.
+        layout: which part of it each rank holds.
+        kind: ``column``, ``row``, ``vocabulary`` (an embedding cut along it) or ``whole``.
+        rule: the pattern that decided, or ``""``.
+        source: where the rule came from, or ``""``.
+        gather_output: whether the column's output is all-gathered.
+        grad_allreduce: whether its gradient is summed over the ranks once per optimizer step.
+        reason: for what stays whole, why.
+    """
+
+    name: str
+    module: str
+    layout: Layout
+    kind: str = "whole"
+    rule: str = ""
+    source: str = ""
+    gather_output: bool = False
+    grad_allreduce: bool = False
+    reason: str = ""
+
+    @property
+    def communication(self) -> str:
+        """The collectives that this parameter's cut causes in a step."""
+        if self.kind == "column" and self.layout.dim == 1:  # an embedding: its input, token numbers, has no gradient
+            return "forward: all-gather of the output"
+        if self.kind == "column" and not self.name.endswith("bias"):
+            return "backward: all-reduce of the input's gradient" + (
+                "; forward: all-gather of the output" if self.gather_output else ""
+            )
+        if self.kind in ("row", "vocabulary") and not self.layout.is_replicated:
+            return "forward: all-reduce of the output"
+        return "step: all-reduce of the gradient" if self.grad_allreduce else ""
+
+
+@dataclass(frozen=True)
+class LocalAttribute:
+    """A head count that a module reads in its forward pass: on each rank it must be the local one."""
+
+    module: str
+    name: str
+    full: int
+    local: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of :meth:`ShardingPlan.explain`: all parameters that differ only in layer numbers."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    local_shapes: tuple[tuple[int, ...], ...]
+    cut: str
+    rule: str
+    source: str
+    communication: str
+    reason: str
+
+    def __str__(self) -> str:
+        local = " | ".join(str(list(s)) for s in self.local_shapes)
+        times = f" x{self.count}" if self.count > 1 else ""
+        why = f"{self.source}: {self.rule}" if self.rule else self.reason
+        more = f"; {self.communication}" if self.communication else ""
+        return f"{self.name}{times} {list(self.shape)} -> {local} ({self.cut}; {why}{more})"
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """Everything that setup does to a model, and everything that was decided on the way.
+
+    Args:
+        tp_size: the tensor parallel size.
+        parameters: a plan for every name that ``named_parameters(remove_duplicate=False)`` gives.
+        siblings: paths of column linears that read one input, group by group; they share one collective.
+        attributes: head counts that become local ones.
+        warnings: what the user should know; errors in strict mode.
+        blockers: why setup refuses this plan, though it can be looked at.
+    """
+
+    tp_size: int
+    parameters: dict[str, ParameterPlan]
+    siblings: tuple[tuple[str, ...], ...] = ()
+    attributes: tuple[LocalAttribute, ...] = ()
+    warnings: tuple[str, ...] = ()
+    blockers: tuple[str, ...] = ()
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layout of every parameter, by name."""
+        return {name: entry.layout for name, entry in self.parameters.items()}
+
+    def explain(self) -> list[PlanRow]:
+        """One row per distinct parameter pattern: layer numbers are folded into ``*``."""
+        folded: dict[tuple[Any, ...], list[ParameterPlan]] = defaultdict(list)
+        for entry in self.parameters.values():
+            key = (re.sub(r"(?:(?<=\.)|^)\d+(?=\.)", "*", entry.name), replace(entry, name="", module=""))
+            folded[(key[0], repr(key[1]))].append(entry)
+        return [_row(name, entries) for (name, _), entries in folded.items()]
+
+    def __str__(self) -> str:
+        return "\n".join(str(row) for row in self.explain())
+
+
+def _row(name: str, entries: list[ParameterPlan]) -> PlanRow:
+    first = entries[0]
+    layout = first.layout
+    shapes = [layout.local_shape(rank) for rank in range(layout.tp_size)]
+    if layout.is_replicated:
+        cut = "whole"
+    else:
+        parts = len(layout.parts[0])
+        cut = f"{first.kind}, dim {layout.dim}" + (f" in {parts} parts" if parts > 1 else "")
+        cut += ", shared by ranks" if layout.overlaps else ""
+    return PlanRow(
+        name,
+        len(entries),
+        layout.shape,
+        tuple(dict.fromkeys(shapes)) if len(set(shapes)) == 1 else tuple(shapes),
+        cut,
+        first.rule,
+        first.source,
+        first.communication,
+        first.reason,
+    )

@@ -1,0 +1,79 @@
+"""What we know of architectures: one small module per family, and the registry that finds them."""
+
+from dataclasses import replace
+from typing import Any, Optional
+
+from lightning_autotp.presets import bloom, chatglm, deepseek_v2, llama, mixtral, phi3, qwen2
+from lightning_autotp.presets.heads import Heads
+from lightning_autotp.presets.preset import Preset
+from lightning_autotp.specs import AutoTPConfig, Shape, TPLayerSpec, nearest
+
+_PRESETS = {module.PRESET.name: module.PRESET for module in (llama, bloom, chatglm, mixtral, deepseek_v2, qwen2, phi3)}
+
+
+class AutoTPPresets:
+    """The built-in presets, by name."""
+
+    @staticmethod
+    def names() -> list[str]:
+        """The names that ``preset_model`` takes."""
+        return list(_PRESETS)
+
+    @staticmethod
+    def get_preset(name: str, model_config: Any = None) -> AutoTPConfig:
+        """The rules of a preset.
+
+        Args:
+            name: one of :meth:`names`, in any case.
+            model_config: a model's config. With it, shapes that depend on head counts come as numbers; without, their
+                entries are names (``"q"``, ``"kv"``) that ``make_plan`` resolves.
+
+        Raises:
+            ValueError: if there is no such preset (the message lists them), or the config lacks the head counts.
+        """
+        rules = find_preset(name).rules
+        if model_config is None:
+            return rules
+        heads = Heads.from_config(model_config)
+        return replace(rules, layer_specs=[_with_sizes(spec, heads) for spec in rules.layer_specs])
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name, in any case.
+
+    Raises:
+        ValueError: if there is none; the message lists the names.
+    """
+    if not isinstance(name, str) or name.lower() not in _PRESETS:
+        raise ValueError(
+            f"preset_model: there is no preset {name!r}.{nearest(str(name), _PRESETS)} Presets: {', '.join(_PRESETS)}."
+        )
+    return _PRESETS[name.lower()]
+
+
+def preset_for(model_type: str) -> Optional[Preset]:
+    """The preset that is detected for a ``config.model_type``, if any."""
+    return next((preset for preset in _PRESETS.values() if model_type in preset.model_types), None)
+
+
+def resolve_shape(shape: Shape, heads: Optional[Heads]) -> Shape:
+    """``shape`` with ``"q"`` and ``"kv"`` as numbers.
+
+    Raises:
+        ValueError: if it has such names and the heads are not known.
+    """
+    if not any(isinstance(size, str) for entry in shape if isinstance(entry, tuple) for size in entry):
+        return shape
+    if heads is None:
+        raise ValueError(f"shape: {shape} needs head counts, and neither the module nor its config has them.")
+    known = heads
+    return tuple(
+        tuple(known.size(size) if isinstance(size, str) else size for size in entry)
+        if isinstance(entry, tuple)
+        else entry
+        for entry in shape
+    )
+
+
+def _with_sizes(spec: TPLayerSpec, heads: Optional[Heads]) -> TPLayerSpec:
+    return spec if spec.shape is None else replace(spec, shape=resolve_shape(spec.shape, heads))

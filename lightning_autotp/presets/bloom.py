@@ -1,0 +1,20 @@
+"""Bloom: query_key_value is interleaved by heads, so that a plain cut in whole heads keeps each head's q, k and v."""
+
+from lightning_autotp.presets.preset import Preset, column, row
+from lightning_autotp.specs import AutoTPConfig
+
+PRESET = Preset(
+    "bloom",
+    ("bloom",),
+    AutoTPConfig(
+        [
+            column(r"self_attention\.query_key_value", r"mlp\.dense_h_to_4h"),
+            row(r"self_attention\.dense", r"mlp\.dense_4h_to_h"),
+            row("word_embeddings"),
+            column("lm_head", gather_output=True),
+        ]
+    ),
+    inexact={
+        "bloom": "its ALiBi slopes are built for all heads, and each rank must take the slopes of its own heads only"
+    },
+)

@@ -1,0 +1,6 @@
+"""Llama and its kin: separate projections, gated MLP, rotary positions; heads are read off the projections' widths."""
+
+from lightning_autotp.presets.preset import ATTENTION, GATED_MLP, VOCABULARY, Preset
+from lightning_autotp.specs import AutoTPConfig
+
+PRESET = Preset("llama", ("llama", "mistral", "granite"), AutoTPConfig([*ATTENTION, *GATED_MLP, *VOCABULARY]))

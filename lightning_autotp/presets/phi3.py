@@ -1,0 +1,21 @@
+"""Phi-3: q, k and v in one projection of unequal parts, gate and up in another."""
+
+from lightning_autotp.presets.preset import VOCABULARY, Preset, column, row
+from lightning_autotp.specs import AutoTPConfig
+
+PRESET = Preset(
+    "phi3",
+    ("phi3",),
+    AutoTPConfig(
+        [
+            column(r"self_attn\.qkv_proj", shape=(("q", "kv", "kv"), -1)),
+            row(r"self_attn\.o_proj"),
+            column(r"mlp\.gate_up_proj", shape=(2, -1)),
+            row(r"mlp\.down_proj"),
+            *VOCABULARY,
+        ]
+    ),
+    inexact={
+        "phi3": "its attention splits the fused projection by the head counts of its config, which are the full ones"
+    },
+)
