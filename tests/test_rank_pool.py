@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from tests.closeness import assert_close
 from tests.hygiene import isolated, lightning_rank, set_lightning_rank
 from tests.models import LanguageModel, TokenDataset, quiet_trainer, token_batches, token_loader, transformer
-from tests.closeness import assert_close
 from tests.rank_pool import ProcessGroupMode, RankFailure, rank_device, run_ranks, session_pool
 
 pytest_plugins = ["pytester"]

@@ -1,0 +1,107 @@
+"""Process groups: tensor parallel ranks side by side (inside a node), data parallel ranks across."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_autotp.config import TPConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in a data parallel x tensor parallel arrangement of all processes.
+
+    Args:
+        tp_group: the processes that share one model, each with its part of it.
+        dp_group: the processes that hold the same part, each with its own data.
+        tp_rank: this process's rank in ``tp_group``, of ``tp_size``.
+        tp_size: the tensor parallel size.
+        dp_rank: this process's rank in ``dp_group``, of ``dp_size``.
+        dp_size: the data parallel size.
+    """
+
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
+        # sharded modules refer to their mesh, and process groups cannot be copied
+        return self
+
+    @property
+    def tp_source(self) -> int:
+        """The global rank of the first process of ``tp_group``, which the others take broadcasts from."""
+        return dist.get_global_rank(self.tp_group, 0)
+
+
+def build_mesh(tp_size: int, given: TPConfig) -> Mesh:
+    """The mesh of this process; every process must call it.
+
+    Args:
+        tp_size: the tensor parallel size that the config asks for.
+        given: groups of the user's, as an mpu or a tensor parallel group.
+
+    Raises:
+        ValueError: if the sizes do not go together; on every rank alike.
+    """
+    world_size = dist.get_world_size()
+    if world_size % tp_size:
+        raise ValueError(
+            f"autotp_size: {tp_size} does not divide the {world_size} processes of this run; use a tensor parallel size"
+            f" that does, or start a multiple of {tp_size} processes (devices x nodes)."
+        )
+    if given.mpu is not None:
+        return _from_mpu(given.mpu, tp_size)
+    if given.tp_group is not None:
+        group = given.tp_group() if callable(given.tp_group) else given.tp_group
+        return _from_tp_group(group, tp_size)
+    neighbours = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
+    tp_group, _ = dist.new_subgroups_by_enumeration(neighbours)
+    return _with_replicas(tp_group, neighbours)
+
+
+def _from_mpu(mpu: Any, tp_size: int) -> Mesh:
+    mesh = Mesh(
+        mpu.get_model_parallel_group(),
+        mpu.get_data_parallel_group(),
+        mpu.get_model_parallel_rank(),
+        mpu.get_model_parallel_world_size(),
+        mpu.get_data_parallel_rank(),
+        mpu.get_data_parallel_world_size(),
+    )
+    if mesh.tp_size != tp_size:
+        raise ValueError(f"tensor_parallel.mpu: its model parallel size is {mesh.tp_size}, autotp_size is {tp_size}.")
+    if mesh.tp_size * mesh.dp_size != dist.get_world_size():
+        raise ValueError(
+            f"tensor_parallel.mpu: {mesh.tp_size} model x {mesh.dp_size} data parallel ranks are not the"
+            f" {dist.get_world_size()} processes of this run."
+        )
+    return mesh
+
+
+def _from_tp_group(tp_group: dist.ProcessGroup, tp_size: int) -> Mesh:
+    world_size = dist.get_world_size()
+    everyones: list[list[int]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(everyones, dist.get_process_group_ranks(tp_group))
+    groups = sorted({tuple(ranks) for ranks in everyones})
+    if sorted(r for ranks in groups for r in ranks) != list(range(world_size)):
+        raise ValueError(f"tensor_parallel.tp_group: the groups {groups} do not share out all {world_size} processes.")
+    if {len(ranks) for ranks in groups} != {tp_size}:
+        raise ValueError(
+            f"tensor_parallel.tp_group: groups of {sorted({len(ranks) for ranks in groups})} processes, but autotp_size"
+            f" is {tp_size}."
+        )
+    return _with_replicas(tp_group, [list(ranks) for ranks in groups])
+
+
+def _with_replicas(tp_group: dist.ProcessGroup, tp_ranks: list[list[int]]) -> Mesh:
+    """Data parallel groups join the processes that have the same rank in their tensor parallel groups."""
+    tp_size, rank = len(tp_ranks[0]), dist.get_rank()
+    replicas = [[ranks[place] for ranks in tp_ranks] for place in range(tp_size)]
+    dp_group, _ = dist.new_subgroups_by_enumeration(replicas)
+    tp_rank = dist.get_group_rank(tp_group, rank)
+    return Mesh(tp_group, dp_group, tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks))

@@ -1,0 +1,103 @@
+"""Tensor parallel collectives as autograd functions, on plain local tensors.
+
+Source: Megatron-LM (arXiv:1909.08053), section 3; its ``f`` is part of the column parallel linear, its ``g`` is
+:func:`reduce_output`. While ``torch.compile`` traces, collectives are the functional ones, which it can put in a graph.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional
+
+from lightning_autotp.layout import Layout
+from lightning_autotp.mesh import Mesh
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+
+
+def all_reduced(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of ``x`` over ``group``; ``x`` itself is overwritten if it is contiguous. No autograd."""
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def gather_parts(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+    """The full tensor of which every tensor parallel rank holds its part. No autograd.
+
+    Parts of unequal size travel padded to the largest, which every backend supports.
+    """
+    if layout.is_replicated:
+        return local
+    dim = layout.dim or 0
+    widest = max(layout.widths)
+    mine = local.movedim(dim, 0)
+    padded = mine.new_zeros(widest, *mine.shape[1:])
+    padded[: mine.shape[0]] = mine
+    stacked = _all_gathered(padded, mesh)
+    parts = stacked.view(mesh.tp_size, widest, *mine.shape[1:])
+    return layout.unshard([parts[r, : layout.widths[r]].movedim(0, dim) for r in range(mesh.tp_size)])
+
+
+def _all_gathered(x: Tensor, mesh: Mesh) -> Tensor:
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(functional.all_gather_tensor(x, 0, mesh.tp_group))
+    stacked = x.new_empty(mesh.tp_size * x.shape[0], *x.shape[1:])
+    _all_gather(stacked, x, group=mesh.tp_group)
+    return stacked
+
+
+class _ReduceOutput(torch.autograd.Function):
+    """Forward: all-reduce ``[..., N]`` partial -> ``[..., N]`` full on every rank. Backward: the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        if not torch.compiler.is_compiling() and x.is_contiguous():
+            ctx.mark_dirty(x)
+        return all_reduced(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherOutput(torch.autograd.Function):
+    """Forward: all-gather ``[..., N_r]`` -> ``[..., N]``. Backward: this rank's part of a gradient all ranks share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+        ctx.layout, ctx.mesh = layout, mesh
+        last = Layout((*x.shape[:-1], layout.shape[layout.dim or 0]), layout.tp_size, x.ndim - 1, layout.parts)
+        return gather_parts(x, last, mesh)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        grad, layout = grads[0], ctx.layout
+        pieces = [grad.narrow(-1, start, length) for start, length in layout.parts[ctx.mesh.tp_rank]]
+        return torch.cat(pieces, -1), None, None
+
+
+def reduce_output(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum partial outputs ``[..., N]`` over the tensor parallel ranks (row parallel, vocabulary parallel).
+
+    ``x`` must be a fresh result that nothing else reads: it is reduced in place.
+    """
+    reduced: Tensor = _ReduceOutput.apply(x, mesh.tp_group)
+    return reduced
+
+
+def gather_output(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+    """All features ``[..., N]`` from every rank's own ``[..., N_r]``; ``layout`` says where they lie among all.
+
+    What reads the result must do the same on every rank, as replicated code does: the backward pass takes this rank's
+    part of the gradient and communicates nothing.
+    """
+    gathered: Tensor = _GatherOutput.apply(x, layout, mesh)
+    return gathered

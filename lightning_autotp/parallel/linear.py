@@ -1,0 +1,209 @@
+"""Column and row parallel linears: an ``nn.Linear`` whose class was changed in place and whose weight is a part."""
+
+from functools import cache
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from lightning_autotp.layout import Layout
+from lightning_autotp.mesh import Mesh
+from lightning_autotp.parallel.collectives import all_reduced, gather_output, reduce_output
+
+_RIDE = "_autotp_columns"
+"""The attribute of an input tensor on which results wait while ``torch.compile`` traces."""
+
+
+class _ColumnLinears(torch.autograd.Function):
+    """Linears that read one input: ``y_i = x w_i^T + b_i``, with ``x [..., K]`` whole and ``w_i [N_i, K]`` parts.
+
+    Backward: ``gx = sum_i gy_i w_i`` is partial on each rank and is all-reduced, once for all of them;
+    ``gw_i = gy_i^T x`` and ``gb_i`` are this rank's own. With ``overlap`` the all-reduce runs while they are computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, overlap: bool, count: int, *params: Optional[Tensor]) -> Any:
+        weights, biases = params[:count], params[count:]
+        trains = any(ctx.needs_input_grad[4 : 4 + count])
+        ctx.save_for_backward(x if trains else None, *weights)
+        ctx.group, ctx.overlap, ctx.count = group, overlap, count
+        ctx.set_materialize_grads(False)
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases))  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        x, *weights = ctx.saved_tensors
+        flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+        shape = next(g.shape for g in grads if g is not None)[:-1]
+        work, gx = None, None
+        if ctx.needs_input_grad[0]:
+            gx = _input_gradient(flat, weights).view(*shape, -1)
+            if ctx.overlap and not torch.compiler.is_compiling():
+                work = dist.all_reduce(gx, group=ctx.group, async_op=True)
+            else:
+                gx = all_reduced(gx, ctx.group)
+        needs = ctx.needs_input_grad[4:]
+        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
+        gws = [None if g is None or flat_x is None or not need else g.t() @ flat_x for g, need in zip(flat, needs)]
+        gbs = [None if g is None or not need else g.sum(0) for g, need in zip(flat, needs[ctx.count :])]
+        if work is not None:
+            work.wait()
+        return gx, None, None, None, *gws, *gbs
+
+
+def _input_gradient(grads: list[Optional[Tensor]], weights: list[Tensor]) -> Tensor:
+    """``sum_i g_i w_i`` as ``[T, K]``, accumulated by the matmuls themselves."""
+    total: Optional[Tensor] = None
+    for grad, weight in zip(grads, weights):
+        if grad is not None:
+            total = grad @ weight if total is None else total.addmm_(grad, weight)
+    assert total is not None  # autograd runs no backward without a gradient
+    return total
+
+
+class ColumnGroup:
+    """Column linears that may read one tensor, so that its gradient is all-reduced once and not once per linear.
+
+    The first one called computes all of them; the others take their result if they are called with the same object,
+    unchanged. Which linears really share an input is learned: one that is seen to read another tensor leaves the
+    others' company. A miss costs a collective, never correctness.
+    """
+
+    def __init__(self, members: list["ColumnParallelLinear"]) -> None:
+        self.members = members
+        self.company = [0] * len(members)  # members with one number are computed together
+        self.input: Optional[Tensor] = None
+        self.version = 0
+        self.results: dict[int, Tensor] = {}
+
+    def __call__(self, place: int, x: Tensor) -> Tensor:
+        """The local output of member ``place`` on ``x``."""
+        if torch.compiler.is_compiling():
+            return self._traced(place, x)
+        if place in self.results:
+            if self.input is x and self.version == x._version:
+                return self._take(place)
+            if self.input is not x:
+                self._part_company()
+        self.results = self._compute(place, x)
+        self.input, self.version = x, x._version
+        return self._take(place)
+
+    def _part_company(self) -> None:
+        """Those whose results were not asked for with the input of the others are computed apart from now on."""
+        apart = max(self.company) + 1
+        for waiting in self.results:
+            self.company[waiting] = apart
+
+    def _take(self, place: int) -> Tensor:
+        result = self.results.pop(place)
+        if not self.results:
+            self.input = None
+        return result
+
+    def _traced(self, place: int, x: Tensor) -> Tensor:
+        # a module's state must not change in a region that is checkpointed while it is traced; a tensor's may
+        owner, waiting = getattr(x, _RIDE, None) or (None, {})
+        if owner is not self or place not in waiting:
+            waiting = self._compute(place, x)
+            setattr(x, _RIDE, (self, waiting))
+        result = waiting.pop(place)
+        if not waiting:  # x may be an input of the graph and live on
+            setattr(x, _RIDE, None)
+        return result
+
+    def _compute(self, place: int, x: Tensor) -> dict[int, Tensor]:
+        places = [other for other, company in enumerate(self.company) if company == self.company[place]]
+        members = [self.members[other] for other in places]
+        weights = [m.weight for m in members]
+        biases = [m.bias for m in members]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            weights = [w.to(dtype) for w in weights]
+            biases = [None if b is None else b.to(dtype) for b in biases]  # type: ignore[misc]
+        first = members[0]
+        outputs = _ColumnLinears.apply(x, first.mesh.tp_group, first.overlap, len(members), *weights, *biases)
+        return dict(zip(places, outputs))
+
+
+class ColumnParallelLinear(nn.Linear):
+    """``nn.Linear`` cut along its output features: ``[..., K]`` whole -> ``[..., N_r]``, or ``[..., N]`` gathered.
+
+    ``in_features`` and ``out_features`` stay those of the full layer. Made by :meth:`convert`, never constructed.
+    """
+
+    mesh: Mesh
+    layout: Layout
+    overlap: bool
+    gathers: bool
+    group: ColumnGroup
+    place: int
+
+    @staticmethod
+    def convert(
+        module: nn.Linear, mesh: Mesh, layout: Layout, *, overlap: bool, gather: bool
+    ) -> "ColumnParallelLinear":
+        """Change ``module`` in place; its parameters must already be this rank's parts."""
+        converted: ColumnParallelLinear = become(module, ColumnParallelLinear, mesh, layout)
+        converted.overlap, converted.gathers = overlap, gather
+        return converted
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        if torch.is_grad_enabled() and input.requires_grad:
+            output = self.group(self.place, input)
+        else:
+            output = F.linear(input, self.weight, self.bias)
+        return gather_output(output, self.layout, self.mesh) if self.gathers else output
+
+    def extra_repr(self) -> str:
+        gathered = ", gather_output" if self.gathers else ""
+        return f"{super().extra_repr()}, column parallel {self.mesh.tp_rank}/{self.mesh.tp_size}{gathered}"
+
+
+class RowParallelLinear(nn.Linear):
+    """``nn.Linear`` cut along its input features: ``[..., K_r]`` -> ``[..., N]``, summed over the ranks.
+
+    The bias is whole on every rank and added once, after the sum. Made by :meth:`convert`, never constructed.
+    """
+
+    mesh: Mesh
+    layout: Layout
+
+    @staticmethod
+    def convert(module: nn.Linear, mesh: Mesh, layout: Layout) -> "RowParallelLinear":
+        """Change ``module`` in place; its weight must already be this rank's part."""
+        converted: RowParallelLinear = become(module, RowParallelLinear, mesh, layout)
+        return converted
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        if input.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"a row parallel linear of {self.in_features} input features got {input.shape[-1]} of them on tensor"
+                f" parallel rank {self.mesh.tp_rank}, where its part is {self.weight.shape[1]}: the layers before it"
+                " must be cut by column rules that match this row rule."
+            )
+        output = reduce_output(F.linear(input, self.weight), self.mesh)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, row parallel {self.mesh.tp_rank}/{self.mesh.tp_size}"
+
+
+def become(module: nn.Module, base: type[nn.Module], mesh: Mesh, layout: Layout) -> Any:
+    """Change the class of ``module`` to ``base``, or to a subclass of ``base`` and its own class."""
+    module.__class__ = _joined_class(base, type(module))  # type: ignore[arg-type]  # classes do hash
+    module.mesh, module.layout = mesh, layout  # type: ignore[assignment]
+    return module
+
+
+@cache
+def _joined_class(base: Any, own: Any) -> Any:
+    if own in base.__mro__:
+        return base
+    return type(f"{base.__name__}{own.__name__}", (base, own), {"__doc__": own.__doc__})
