@@ -1,12 +1,16 @@
+"""Tensor parallel training in PyTorch Lightning: ``Trainer(strategy=AutoTPStrategy(autotp_size=4))``."""
+
 from lightning_autotp.config import TPConfig, TPTrainingConfig
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.specs import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
+from lightning_autotp.strategy import AutoTPStrategy, register
 
 __all__ = [
     "AutoTPConfig",
     "AutoTPPresets",
+    "AutoTPStrategy",
     "PartitionType",
     "ShardingPlan",
     "TPConfig",
@@ -15,3 +19,5 @@ __all__ = [
     "make_plan",
     "merge_autotp_configs",
 ]
+
+register()

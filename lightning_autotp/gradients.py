@@ -1,0 +1,86 @@
+"""What happens to gradients between the backward pass and the optimizer."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_autotp.apply import Sharded
+from lightning_autotp.layout import Layout
+
+
+class TPGradients:
+    """The gradients of a sharded model: partial ones are completed, and their norm is that of the whole model.
+
+    A replicated parameter whose gradient is partial (``grad_allreduce``) has it multiplied by the tensor parallel size
+    as it arrives, and averaged over the ranks before it is used. The average of a complete gradient is that gradient,
+    so that it may be taken at any time and any number of times, gradient accumulation included.
+    """
+
+    def __init__(self, model: nn.Module, sharded: Sharded) -> None:
+        self.mesh = sharded.mesh
+        entries = sharded.plan.parameters
+        self.layouts: dict[nn.Parameter, Layout] = {}
+        self.partial: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            self.layouts[parameter] = entries[name].layout
+            if entries[name].grad_allreduce:
+                self.partial.append(parameter)
+        self._handles = [_scale_gradient(parameter, self.mesh.tp_size) for parameter in self.partial]
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Make partial gradients whole, with one all-reduce for all of a dtype."""
+        grads = [p.grad for p in self.partial if p.grad is not None]
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            of_dtype = [g for g in grads if g.dtype == dtype]
+            flat = torch.cat([g.reshape(-1) for g in of_dtype])
+            dist.all_reduce(flat, group=self.mesh.tp_group)
+            flat /= self.mesh.tp_size
+            parts = flat.split([g.numel() for g in of_dtype])
+            torch._foreach_copy_(of_dtype, [part.view_as(g) for part, g in zip(parts, of_dtype)])
+
+    @torch.no_grad()
+    def total_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The 2-norm, in float32, of the gradient of the unsharded parameters; the same on every rank.
+
+        What is cut is summed over the ranks, what is whole counts once.
+        """
+        with_grad = [p for p in parameters if p.grad is not None]
+        cut = [p.grad for p in with_grad if not self._is_whole(p)]
+        whole = [p.grad for p in with_grad if self._is_whole(p)]
+        device = with_grad[0].device if with_grad else None
+        squares = _sum_of_squares(cut, device)  # type: ignore[arg-type]
+        dist.all_reduce(squares, group=self.mesh.tp_group)
+        return (squares + _sum_of_squares(whole, device)).sqrt()  # type: ignore[arg-type]
+
+    def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients so that their true norm is at most ``max_norm``; returns the norm before."""
+        parameters = list(parameters)
+        norm = self.total_norm(parameters)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def _is_whole(self, parameter: nn.Parameter) -> bool:
+        layout = self.layouts.get(parameter)
+        return layout is None or layout.is_replicated
+
+
+def _scale_gradient(parameter: nn.Parameter, factor: int) -> "torch.utils.hooks.RemovableHandle":
+    # a frozen parameter takes no hook, but may be thawed later: the hook stays on it
+    trains = parameter.requires_grad
+    handle = parameter.requires_grad_().register_hook(lambda grad: grad * factor)
+    parameter.requires_grad_(trains)
+    return handle
+
+
+def _sum_of_squares(grads: "list[Tensor]", device: "torch.device | None") -> Tensor:
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()

@@ -1,0 +1,562 @@
+"""The Lightning strategy: each hook is a few lines that call the rooms where the work is done."""
+
+import inspect
+import os
+import random
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_autotp.agreement import Digest, digests, require_agreement
+from lightning_autotp.apply import Sharded, apply_plan, sharded, warn_of_dropout
+from lightning_autotp.checkpoint import Placement, load_directory, save_directory
+from lightning_autotp.checkpoint.states import full_checkpoint, local_checkpoint, optimizer_names
+from lightning_autotp.config import TPConfig, TPTrainingConfig
+from lightning_autotp.gradients import TPGradients
+from lightning_autotp.mesh import Mesh, build_mesh
+from lightning_autotp.plan import ShardingPlan
+from lightning_autotp.planner import make_plan
+from lightning_autotp.specs import nearest
+from lightning_autotp.table import print_plan
+
+_SAME_DATA = (
+    "Ranks that share a model must be fed the same data: leave the sampler to the Trainer, or split your data by"
+    " `trainer.strategy.dp_rank` of `trainer.strategy.dp_size`, not by global rank; and seed random augmentation alike."
+)
+_SAME_NUMBERS = (
+    "Where a parameter is named: it is used between a column and a row cut and sees only its rank's part; add a rule"
+    " for it, {'patterns': [...], 'partition_type': 'skip', 'grad_allreduce': true}. Where only the loss or an output"
+    " is named: the ranks drew different random numbers, or code outside a cut layer reads a cut weight."
+)
+
+
+class AutoTPStrategy(DDPStrategy):
+    """Tensor parallel training of any LightningModule, with data parallelism over the remaining processes.
+
+    Args:
+        config: a :class:`~lightning_autotp.TPTrainingConfig`, a dict of its fields, or the path of a YAML or JSON file
+            (a DeepSpeed config is read as it is). The arguments below win over it.
+        autotp_size: the number of ranks that share one model; 0 and 1 turn tensor parallelism off.
+        dtype: the parameters' dtype, as ``"bfloat16"``; needs a Trainer precision that agrees with it.
+        tp_overlap_comm: overlap the backward all-reduce with the computation of the weight gradients.
+        partition_config: custom rules.
+        preset_model: the name of a built-in preset.
+        tensor_parallel: where the groups come from, see :class:`~lightning_autotp.TPConfig`.
+        save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
+            a plain Trainer reads (False).
+        check_agreement: compare the data, the loss and replicated gradients across tensor parallel ranks, once a run.
+        process_group_backend: the backend of all groups; by default gloo on CPU and nccl on CUDA.
+        timeout: how long a collective may wait for its peers.
+        start_method: how Lightning starts processes where nothing else does.
+        find_unused_parameters: for data parallelism over models whose parameters are not all used in each step.
+        static_graph: tell data parallelism that every step uses the same parameters in the same order.
+        gradient_as_bucket_view: keep gradients in the buffers of the data parallel reduction.
+        **kwargs: anything else that :class:`~lightning.pytorch.strategies.DDPStrategy` and torch's
+            ``DistributedDataParallel`` take.
+
+    Raises:
+        ValueError: on anything wrong in the configuration; the message names the field and the fix.
+    """
+
+    strategy_name = "autotp"
+
+    def __init__(
+        self,
+        config: Union[TPTrainingConfig, dict[str, Any], str, os.PathLike[str], None] = None,
+        autotp_size: Optional[int] = None,
+        dtype: Union[str, torch.dtype, None] = None,
+        tp_overlap_comm: Optional[bool] = None,
+        partition_config: Optional[dict[str, Any]] = None,
+        preset_model: Optional[str] = None,
+        tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
+        save_distributed_checkpoint: bool = True,
+        check_agreement: bool = True,
+        process_group_backend: Optional[str] = None,
+        timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        others = _known(kwargs)
+        given = {
+            "autotp_size": autotp_size,
+            "dtype": dtype,
+            "tp_overlap_comm": tp_overlap_comm,
+            "partition_config": partition_config,
+            "preset_model": preset_model,
+            "tensor_parallel": tensor_parallel,
+        }
+        self.config = TPTrainingConfig.load(
+            config, **{name: value for name, value in given.items() if value is not None}
+        )
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            **others,
+        )
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._check_agreement = check_agreement
+        self._all_devices = False
+        self._mesh: Optional[Mesh] = None
+        self._gradients: Optional[TPGradients] = None
+        self._unchecked: set[str] = set()
+        self._first_loss: dict[str, tuple[Digest, float]] = {}
+
+    def __repr__(self) -> str:
+        # other Trainers (pytorch_lightning's) show this when they refuse the strategy
+        return (
+            f"{type(self).__name__}(autotp_size={self.config.size}), a strategy for `lightning.pytorch.Trainer`"
+            " (not for the Trainer of `pytorch_lightning`)"
+        )
+
+    # -- where this process stands ------------------------------------------------------------------------------------
+
+    @property
+    def mesh(self) -> Mesh:
+        """The process groups and this process's place in them; known once processes run."""
+        if self._mesh is None:
+            raise RuntimeError("the process groups are made when the Trainer starts; they cannot be asked for before.")
+        return self._mesh
+
+    @property
+    def tp_size(self) -> int:
+        """The tensor parallel size."""
+        return self.mesh.tp_size
+
+    @property
+    def tp_rank(self) -> int:
+        """This process's rank among those that share its model."""
+        return self.mesh.tp_rank
+
+    @property
+    def dp_size(self) -> int:
+        """The data parallel size."""
+        return self.mesh.dp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's rank among those that hold the same part of the model."""
+        return self.mesh.dp_rank
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def plan(self) -> Optional[ShardingPlan]:
+        """What was cut, once setup has sharded the model."""
+        found = None if self.lightning_module is None else sharded(self.lightning_module)
+        return None if found is None else found.plan
+
+    @property
+    @override
+    def is_distributed(self) -> bool:
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._check_processes()
+        if self._mesh is None:
+            if self._all_devices:
+                self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
+            self._mesh = build_mesh(self.config.size, self.config.tensor_parallel)
+            self._ddp_kwargs["process_group"] = self._mesh.dp_group
+
+    def _check_processes(self) -> None:
+        expected = self.num_nodes * self.num_processes
+        if self.world_size != expected:
+            started = "SLURM started" if isinstance(self.cluster_environment, SLURMEnvironment) else "there are"
+            raise ValueError(
+                f"{started} {self.world_size} processes, but the Trainer is set to {self.num_nodes} nodes x"
+                f" {self.num_processes} devices = {expected}; make `num_nodes` and `devices` (and SLURM's --nodes and"
+                " --ntasks-per-node) agree."
+            )
+
+    @override
+    def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
+        # metrics are alike on the ranks that share a model: only data parallel replicas add to them
+        return super().reduce(tensor, self.mesh.dp_group if group is None else group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == dist.get_world_size()) if all else bool(votes)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning seeds workers by global rank; ranks that share a model must draw the same augmentations
+        seeds_workers = os.environ.get("PL_SEED_WORKERS", "0") == "1"
+        if seeds_workers and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
+        return super().process_dataloader(dataloader)
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: Optional[bool] = None) -> Generator[None, None, None]:
+        # the whole model must not go to the device: setup moves only this rank's part
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = module = self._module
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync:
+            self.model = self._layer_sync.apply(self.model)
+        self.precision_plugin.convert_module(module)
+        self._apply_dtype(module)
+        found = self._shard(module)
+        self.model_to_device()
+        self._metrics_over_dp(module)
+        self._unchecked = {"batch", "loss", "output"} if self._check_agreement and self.tp_size > 1 else set()
+        if fitting:
+            self._setup_fit(trainer, module, found)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _setup_fit(self, trainer: Trainer, module: LightningModule, found: Sharded) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
+        self._gradients = TPGradients(module, found)
+        self._share_random_state()
+        if self.tp_size > 1:
+            warn_of_dropout(module, found.plan)
+        if self.dp_size > 1:
+            self._refuse_what_ddp_cannot(module)
+            self.configure_ddp()
+        self._reset_optimizers_and_schedulers()
+        self.setup_optimizers(trainer)
+        self._optimizer_names()
+
+    def _shard(self, module: LightningModule) -> Sharded:
+        """Shard the module, unless an earlier run has done it."""
+        found = sharded(module)
+        if found is None:
+            plan = make_plan(module, self.config, self.tp_size)
+            apply_plan(module, plan, self.mesh, self.root_device, overlap=self.config.tp_overlap_comm)
+            found = sharded(module)
+            if self.tp_size > 1 and self.is_global_zero:
+                print_plan(plan)
+        assert found is not None
+        if (found.mesh.tp_size, found.mesh.tp_rank) != (self.tp_size, self.tp_rank):
+            raise ValueError(
+                f"this model was sharded for a tensor parallel size of {found.mesh.tp_size} by an earlier run, and"
+                f" autotp_size is now {self.tp_size}; build a new model and load its checkpoint."
+            )
+        return found
+
+    def _apply_dtype(self, module: LightningModule) -> None:
+        if "dtype" not in self.config.model_fields_set:
+            return
+        precision = self.precision_plugin.precision
+        if precision == "32-true":
+            module.to(self.config.dtype)
+            return
+        in_force = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+        parameters = in_force.get(str(precision), torch.float32)
+        if self.config.dtype != parameters:
+            raise ValueError(
+                f"dtype: {self.config.dtype} contradicts Trainer(precision={precision!r}), under which parameters are"
+                f" {parameters}; leave `dtype` out, or set the precision that goes with it."
+            )
+
+    def _metrics_over_dp(self, module: nn.Module) -> None:
+        for metric in module.modules():
+            if isinstance(metric, Metric) and metric.process_group is None:
+                metric.process_group = self.mesh.dp_group
+
+    def _share_random_state(self) -> None:
+        """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
+        cuda = self.root_device.type == "cuda"
+        states = [
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(self.root_device) if cuda else None,
+            random.getstate(),
+        ]
+        dist.broadcast_object_list(states, src=self.mesh.tp_source, group=self.mesh.tp_group)
+        torch.set_rng_state(states[0])  # type: ignore[arg-type]
+        if cuda:
+            torch.cuda.set_rng_state(states[1], self.root_device)  # type: ignore[arg-type]
+        random.setstate(states[2])  # type: ignore[arg-type]
+
+    def _refuse_what_ddp_cannot(self, module: LightningModule) -> None:
+        if not any(p.requires_grad for p in module.parameters()):
+            raise ValueError("no parameter of the model requires a gradient, so there is nothing to train.")
+        if self._ddp_kwargs.get("static_graph") and module.trainer.accumulate_grad_batches > 1:
+            raise ValueError("static_graph: it does not go with gradient accumulation in torch's DDP; leave it out.")
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        # each rank's part has been made from one set of weights: there is nothing to broadcast again
+        return super()._setup_model(model)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    @override
+    def batch_to_device(self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0) -> Any:
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        if "batch" in self._unchecked:
+            self._unchecked.discard("batch")
+            require_agreement(digests(batch, "batch"), self.mesh, _SAME_DATA)
+        return batch
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        if "loss" in self._unchecked:
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            self._first_loss = digests(loss, "the loss") if isinstance(loss, Tensor) else {}
+        return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compared(super().validation_step, *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compared(super().test_step, *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compared(super().predict_step, *args, **kwargs)
+
+    def _compared(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The step's result; at the first one of a run, what the model and the step give is compared across ranks."""
+        if "output" not in self._unchecked:
+            return step(*args, **kwargs)
+        self._unchecked.discard("output")
+        seen: dict[str, tuple[Digest, float]] = {}
+        root = self._module.get_submodule(_common_module(self.plan)) if self.plan else self._module
+        handle = root.register_forward_hook(lambda _, __, output: seen.update(digests(output, "the model's output")))
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            handle.remove()
+        seen.update(digests(result, "the step's output"))
+        require_agreement(seen, self.mesh, _SAME_NUMBERS)
+        return result
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Union[LightningModule, nn.Module, None] = None,
+        **kwargs: Any,
+    ) -> Any:
+        def with_complete_gradients() -> Any:
+            result = closure()
+            self._complete_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, with_complete_gradients, model, **kwargs)
+
+    def _complete_gradients(self) -> None:
+        assert self._gradients is not None
+        self._gradients.complete()
+        if "loss" in self._unchecked:
+            self._unchecked.discard("loss")
+            whole = {
+                name: parameter.grad
+                for name, parameter in self._module.named_parameters()
+                if parameter.grad is not None and self._gradients.layouts[parameter].is_replicated
+            }
+            values = dict(self._first_loss)
+            for name, grad in whole.items():
+                values.update(digests(grad, f"the gradient of {name}"))
+            require_agreement(values, self.mesh, _SAME_NUMBERS)
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Optional[Precision]) -> None:
+        # Lightning picks the plugin by the strategy's class and gives no other place for a norm over all ranks
+        DDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
+        if precision_plugin is not None:
+            precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
+        assert self._gradients is not None
+        self._gradients.complete()
+        self._gradients.clip_norm(self.precision_plugin.main_params(optimizer), clip_val)
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        plugin = self.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and self.tp_size > 1:
+            plugin.scaler = _shared_scaler(plugin.scaler, self.mesh)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def _placement(self) -> Placement:
+        return Placement(self.plan.layouts if self.plan is not None else {}, self.mesh)
+
+    def _optimizer_names(self) -> list[list[str]]:
+        return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Union[str, Path], storage_options: Optional[Any] = None
+    ) -> None:
+        path = Path(self.broadcast(filepath))
+        if "://" in str(filepath):
+            raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
+        names = self._optimizer_names() if "optimizer_states" in checkpoint else []
+        if self._save_distributed_checkpoint:
+            if storage_options is not None:
+                raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
+            save_directory(checkpoint, names, self._placement, path)
+            return
+        full = full_checkpoint(checkpoint, names, self._placement)
+        if self.is_global_zero:
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
+            self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        names = self._optimizer_names()
+        if path.is_dir():
+            # as Lightning's other sharded strategies read theirs: its Trainer drops `weights_only` on the way here
+            return load_directory(path, names, self._placement, weights_only=bool(weights_only))
+        if not path.exists():
+            raise FileNotFoundError(f"there is no checkpoint at {path}.")
+        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=bool(weights_only))
+        return local_checkpoint(checkpoint, names, self._placement)
+
+    @override
+    def remove_checkpoint(self, filepath: Union[str, Path]) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    @override
+    def teardown(self) -> None:
+        # the model stays sharded and where it is, so that saving, validating and fitting again work after fit;
+        # the base class would move it to the CPU, from where its collectives cannot run
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.lightning_module
+        assert self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    @classmethod
+    def from_environment(cls) -> "AutoTPStrategy":
+        """The strategy behind ``Trainer(strategy="autotp")``.
+
+        The size comes from ``LIGHTNING_AUTOTP_SIZE``, or everything from the file that ``LIGHTNING_AUTOTP_CONFIG``
+        names; with neither, all devices of a node share one model.
+        """
+        size, config = os.environ.get("LIGHTNING_AUTOTP_SIZE"), os.environ.get("LIGHTNING_AUTOTP_CONFIG")
+        if size is not None and not size.isdigit():
+            raise ValueError(f"LIGHTNING_AUTOTP_SIZE: {size!r} is not a number of ranks.")
+        strategy = cls(config=config, autotp_size=None if size is None else int(size))
+        strategy._all_devices = size is None and config is None
+        return strategy
+
+
+def register() -> None:
+    """Make ``Trainer(strategy="autotp")`` known; importing twice is no error."""
+    if AutoTPStrategy.strategy_name not in StrategyRegistry:
+        StrategyRegistry.register(
+            AutoTPStrategy.strategy_name,
+            AutoTPStrategy.from_environment,
+            description="Tensor parallelism; its size from LIGHTNING_AUTOTP_SIZE or LIGHTNING_AUTOTP_CONFIG",
+        )
+
+
+def _known(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """``kwargs`` for the base class.
+
+    Raises:
+        ValueError: if it takes one of them neither itself nor on behalf of ``DistributedDataParallel``.
+    """
+    ours = [n for n in inspect.signature(AutoTPStrategy.__init__).parameters if n not in ("self", "kwargs")]
+    lightnings = [n for n in inspect.signature(DDPStrategy.__init__).parameters if n not in ("self", "kwargs")]
+    torchs = inspect.signature(DistributedDataParallel.__init__).parameters
+    known = [*ours, *lightnings, *(n for n in torchs if n not in ("self", "module", "device_ids"))]
+    for name in kwargs:
+        if name not in known:
+            raise ValueError(f"AutoTPStrategy: unknown argument {name!r}.{nearest(name, known)}")
+    for name in ("process_group", "device_mesh"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"AutoTPStrategy: {name}: the groups are made here; give yours as `tensor_parallel.mpu`.")
+    return dict(kwargs)
+
+
+def _shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:
+    """A loss scaler with the settings of ``scaler`` that skips a step on all ranks if one of them overflows."""
+    shared = ShardedGradScaler(
+        device=scaler._device,
+        init_scale=scaler._init_scale,
+        growth_factor=scaler.get_growth_factor(),
+        backoff_factor=scaler.get_backoff_factor(),
+        growth_interval=scaler.get_growth_interval(),
+        enabled=scaler.is_enabled(),
+        process_group=mesh.tp_group,
+    )
+    if scaler._scale is not None:
+        shared.load_state_dict(scaler.state_dict())
+    return shared
+
+
+def _common_module(plan: ShardingPlan) -> str:
+    """The path of the innermost module around everything that is cut."""
+    paths = [e.module.split(".") for e in plan.parameters.values() if not e.layout.is_replicated]
+    shared = os.path.commonprefix([path[:-1] for path in paths]) if paths else []
+    return ".".join(shared)
