@@ -71,3 +71,7 @@ def main(args: Optional[list[str]] = None) -> None:
     sys.argv[1:] = given  # not handed over as arguments: Lightning starts its other processes with this command line
     options: dict[str, Any] = {"overwrite": True}  # a requeued job writes where its first run did
     AutoTPCLI(trainer_class=PlanningTrainer, save_config_kwargs=options)
+
+
+if __name__ == "__main__":
+    main()

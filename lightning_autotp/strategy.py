@@ -3,6 +3,7 @@
 import inspect
 import os
 import random
+import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -328,9 +329,21 @@ class AutoTPStrategy(DDPStrategy):
             raise ValueError("static_graph: it does not go with gradient accumulation in torch's DDP; leave it out.")
 
     @override
-    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        # each rank's part has been made from one set of weights: there is nothing to broadcast again
-        return super()._setup_model(model)
+    def on_exception(self, exception: BaseException) -> None:
+        # what torch's DDP cannot do, in terms of this strategy
+        if re.search("finished reduction in the prior iteration", str(exception)):
+            unused = [n for n, p in self._module.named_parameters() if p.requires_grad and p.grad is None]
+            _explain(
+                exception,
+                f"These parameters took no part in the loss of the last step: {', '.join(unused) or 'unknown'}. Freeze"
+                " them, or set AutoTPStrategy(find_unused_parameters=True).",
+            )
+        elif re.search("marked? (a variable )?.*ready only once", str(exception)):
+            _explain(
+                exception,
+                "find_unused_parameters does not go with reentrant activation checkpointing: use"
+                " `use_reentrant=False`, or leave find_unused_parameters out.",
+            )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -367,15 +380,15 @@ class AutoTPStrategy(DDPStrategy):
         if "output" not in self._unchecked:
             return step(*args, **kwargs)
         self._unchecked.discard("output")
-        seen: dict[str, tuple[Digest, float]] = {}
+        outputs: list[Any] = []
         root = self._module.get_submodule(_common_module(self.plan)) if self.plan else self._module
-        handle = root.register_forward_hook(lambda _, __, output: seen.update(digests(output, "the model's output")))
+        handle = root.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
             result = step(*args, **kwargs)
         finally:
             handle.remove()
-        seen.update(digests(result, "the step's output"))
-        require_agreement(seen, self.mesh, _SAME_NUMBERS)
+        values = digests(outputs, "the model's output") | digests(result, "the step's output")
+        require_agreement(values, self.mesh, _SAME_NUMBERS)
         return result
 
     @override
@@ -537,6 +550,10 @@ def _known(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if kwargs.get(name) is not None:
             raise ValueError(f"AutoTPStrategy: {name}: the groups are made here; give yours as `tensor_parallel.mpu`.")
     return dict(kwargs)
+
+
+def _explain(exception: BaseException, sentence: str) -> None:
+    exception.args = (f"{exception.args[0] if exception.args else ''}\n{sentence}", *exception.args[1:])
 
 
 def _shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:

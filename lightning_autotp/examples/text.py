@@ -262,4 +262,5 @@ class SampleText(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ByteLlama)
         text = pl_module.generate(self.prompt.encode(), self.num_bytes, self.temperature)
-        trainer.print(f"\n{self.prompt}{text.decode(errors='replace')}")
+        if trainer.is_global_zero:
+            print(f"\n{self.prompt}{text.decode(errors='replace')}")
