@@ -1,40 +1,111 @@
 """The net under every plan: tensor parallel ranks must see the same data and come to the same numbers.
 
-Looked at once for each run, at its first batch and before its first optimizer step, when a mistake costs least.
+Looked at once for each run: at its first batches, its first evaluation step and before its first optimizer step, when a
+mistake costs least.
 """
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
+from torch import Tensor, nn
 
 from lightning_autotp.mesh import Mesh
 
-Digest = tuple[float, float, float]
-"""Sum, 1-norm and 2-norm."""
-
-_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
-"""Relative differences that rounding explains; a partial gradient differs by far more. 1e-3 for other dtypes."""
+_SAME_DATA = (
+    "Ranks that share a model must be fed the same data: leave the sampler to the Trainer, or split your data by"
+    " `trainer.strategy.dp_rank` of `trainer.strategy.dp_size`, not by global rank; and seed random augmentation alike."
+)
+_SAME_NUMBERS = (
+    "Where a parameter is named: it is used between a column and a row cut and sees only its rank's part; add a rule"
+    " for it, {'patterns': [...], 'partition_type': 'skip', 'grad_allreduce': true}. Where only the loss or an output"
+    " is named: the ranks drew different random numbers, or code outside a cut layer reads a cut weight."
+)
+_ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
+"""Relative differences that rounding explains; a partial gradient differs by far more. 1e-3 for other floats."""
 
 
 class DisagreementError(RuntimeError):
     """Tensor parallel ranks hold different values where they must hold the same."""
 
 
-def digests(values: Any, name: str) -> dict[str, tuple[Digest, float]]:
-    """For every tensor in a nested structure, by a name that says where: its digest and its tolerance."""
-    leaves, _ = tree_flatten_with_path(values)
-    found = {}
-    for path, leaf in leaves:
-        if isinstance(leaf, Tensor):
-            found[name + "".join(map(str, path))] = (_digest(leaf.detach()), _TOLERANCE.get(leaf.dtype, 1e-3))
-    return found
+@dataclass(frozen=True)
+class Digest:
+    """What is compared of a tensor: its shape and some numbers, which must agree to ``tolerance`` of their size."""
+
+    shape: tuple[int, ...]
+    numbers: tuple[float, ...]
+    tolerance: float
 
 
-def require_agreement(values: Mapping[str, tuple[Digest, float]], mesh: Mesh, fix: str) -> None:
+class FirstLook:
+    """The comparisons of one run, each made once; nothing happens where there is no one to compare with.
+
+    Every process of the run must make the same calls in the same order.
+    """
+
+    def __init__(self, mesh: Mesh, enabled: bool) -> None:
+        self.mesh = mesh
+        self.enabled = enabled and mesh.tp_size > 1
+        self._seen: set[object] = set()
+        self._loss: dict[str, Digest] = {}
+
+    def batch(self, batch: Any, loader: object) -> None:
+        """Compare the first batch of each ``loader``, bit for bit."""
+        if self._first(("batch", loader)):
+            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA)
+
+    def loss(self, output: Any) -> None:
+        """Note what a training step returns, until :meth:`gradients` compares it."""
+        if self.enabled and "gradients" not in self._seen:
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            self._loss = digests(loss, "the loss")
+
+    def gradients(self, whole: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Compare the last loss and the gradients of whole parameters, by name."""
+        if self._first("gradients"):
+            values = dict(self._loss)
+            for name, grad in whole().items():
+                values |= digests(grad, f"the gradient of {name}")
+            require_agreement(values, self.mesh, _SAME_NUMBERS)
+
+    def step(self, model: nn.Module, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of an evaluation step; at the first one, it and what ``model`` gave in it are compared."""
+        if not self._first("step"):
+            return step(*args, **kwargs)
+        outputs: list[Any] = []
+        handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            handle.remove()
+        values = digests(outputs, "the model's output") | digests(result, "the step's output")
+        require_agreement(values, self.mesh, _SAME_NUMBERS)
+        return result
+
+    def _first(self, what: object) -> bool:
+        if not self.enabled or what in self._seen:
+            return False
+        self._seen.add(what)
+        return True
+
+
+def digests(values: Any, name: str, exact: bool = False) -> dict[str, Digest]:
+    """A digest for every tensor in a nested structure, by a name that says where it is.
+
+    Args:
+        values: a tensor, or mappings, sequences and dataclasses of them; all else is passed over.
+        name: the name of the whole.
+        exact: whether floating-point tensors, too, must agree bit for bit.
+    """
+    return {where: _digest(tensor.detach(), exact) for where, tensor in _tensors(values, name)}
+
+
+def require_agreement(values: Mapping[str, Digest], mesh: Mesh, fix: str) -> None:
     """Compare ``values`` inside every tensor parallel group; every process must call it.
 
     Raises:
@@ -55,33 +126,45 @@ def require_agreement(values: Mapping[str, tuple[Digest, float]], mesh: Mesh, fi
         raise DisagreementError(f"tensor parallel ranks disagree on {', '.join(shown[:5])}{more}. {fix}")
 
 
-def _digest(tensor: Tensor) -> Digest:
-    if tensor.is_sparse or tensor.is_quantized or tensor.is_complex():
-        tensor = torch.view_as_real(tensor.to_dense()) if tensor.is_complex() else tensor.to_dense()
-    if not tensor.is_floating_point():
-        tensor = tensor.double()
-    one = torch.linalg.vector_norm(tensor, 1, dtype=torch.float64)
-    two = torch.linalg.vector_norm(tensor, 2, dtype=torch.float64)
-    total = torch.stack((tensor.sum(dtype=torch.float64), one, two)).tolist()
-    return (total[0], total[1], total[2])
+def _tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(values, Tensor):
+        yield name, values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _tensors(value, f"{name}[{key!r}]")
+    elif isinstance(values, (list, tuple)):
+        for at, value in enumerate(values):
+            yield from _tensors(value, f"{name}[{at}]")
+    elif is_dataclass(values) and not isinstance(values, type):
+        for field in fields(values):
+            yield from _tensors(getattr(values, field.name), f"{name}.{field.name}")
 
 
-def _difference(want: Any, got: Any) -> str:
+def _digest(tensor: Tensor, exact: bool) -> Digest:
+    shape = tuple(tensor.shape)
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    if exact or not tensor.is_floating_point():
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        whole = hashlib.blake2b(content, digest_size=18).digest()
+        # 6 bytes at a time, which a float holds exactly
+        return Digest(shape, tuple(float(int.from_bytes(whole[at : at + 6], "big")) for at in (0, 6, 12)), 0.0)
+    one, two = (torch.linalg.vector_norm(tensor, order, dtype=torch.float64) for order in (1, 2))
+    numbers = torch.stack((tensor.sum(dtype=torch.float64), one, two)).tolist()
+    return Digest(shape, tuple(numbers), _ROUNDING.get(tensor.dtype, 1e-3))
+
+
+def _difference(want: "Digest | None", got: "Digest | None") -> str:
     if want is None or got is None:
         return "missing on one"
-    (want_sum, want_one, want_two), tolerance = want
-    (got_sum, got_one, got_two), _ = got
-    scale_one, scale_two = max(want_one, got_one), max(want_two, got_two)
-    if scale_one != scale_one or scale_two == float("inf") or scale_two != scale_two:
-        both = [value != value or value == float("inf") for value in (want_two, got_two)]
-        return "" if all(both) else "not finite on one"
-    apart = max(
-        _relative(want_sum, got_sum, scale_one),
-        _relative(want_one, got_one, scale_one),
-        _relative(want_two, got_two, scale_two),
-    )
-    return f"{apart:.1%} apart" if apart > tolerance else ""
-
-
-def _relative(a: float, b: float, scale: float) -> float:
-    return abs(a - b) / scale if scale else 0.0
+    if want.shape != got.shape:
+        return f"shapes {list(want.shape)} and {list(got.shape)}"
+    finite = [all(map(math.isfinite, digest.numbers)) for digest in (want, got)]
+    if not all(finite):
+        return "not finite on one" if any(finite) else ""
+    if not want.tolerance:
+        return "" if want.numbers == got.numbers else "different values"
+    # a sum may cancel: its difference is measured against the 1-norm
+    scales = [max(abs(a), abs(b)) for a, b in zip(want.numbers, got.numbers)]
+    scales[0] = scales[1]
+    apart = max(abs(a - b) / scale if scale else 0.0 for a, b, scale in zip(want.numbers, got.numbers, scales))
+    return f"{apart:.1%} apart" if apart > want.tolerance else ""

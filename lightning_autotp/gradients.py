@@ -1,13 +1,16 @@
 """What happens to gradients between the backward pass and the optimizer."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lightning_autotp.apply import Sharded
 from lightning_autotp.layout import Layout
+from lightning_autotp.mesh import Mesh
 
 
 class TPGradients:
@@ -27,6 +30,7 @@ class TPGradients:
             self.layouts[parameter] = entries[name].layout
             if entries[name].grad_allreduce:
                 self.partial.append(parameter)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._handles = [_scale_gradient(parameter, self.mesh.tp_size) for parameter in self.partial]
 
     def remove(self) -> None:
@@ -45,6 +49,10 @@ class TPGradients:
             flat /= self.mesh.tp_size
             parts = flat.split([g.numel() for g in of_dtype])
             torch._foreach_copy_(of_dtype, [part.view_as(g) for part, g in zip(parts, of_dtype)])
+
+    def whole(self) -> dict[str, Tensor]:
+        """The gradients of parameters that every rank holds whole, by name."""
+        return {n: p.grad for p, n in self._names.items() if p.grad is not None and self.layouts[p].is_replicated}
 
     @torch.no_grad()
     def total_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -84,3 +92,19 @@ def _sum_of_squares(grads: "list[Tensor]", device: "torch.device | None") -> Ten
     if not grads:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
+
+
+def shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:
+    """A loss scaler with the settings of ``scaler`` that skips a step on all ranks if one of them overflows."""
+    shared = ShardedGradScaler(
+        device=scaler._device,
+        init_scale=scaler._init_scale,
+        growth_factor=scaler.get_growth_factor(),
+        backoff_factor=scaler.get_backoff_factor(),
+        growth_interval=scaler.get_growth_interval(),
+        enabled=scaler.is_enabled(),
+        process_group=mesh.tp_group,
+    )
+    if scaler._scale is not None:
+        shared.load_state_dict(scaler.state_dict())
+    return shared

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_autotp.config import TPConfig
 
@@ -36,6 +38,20 @@ class Mesh:
     def tp_source(self) -> int:
         """The global rank of the first process of ``tp_group``, which the others take broadcasts from."""
         return dist.get_global_rank(self.tp_group, 0)
+
+
+@dataclass(frozen=True)
+class GatherOverDP:
+    """torchmetrics' ``dist_sync_fn``: a metric's state from all data parallel ranks, and from them only.
+
+    Ranks that share a model see the same data. A metric's own ``process_group`` would do the same, but a metric that
+    holds a group cannot be cloned.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, result: Tensor, group: Any = None) -> list[Tensor]:
+        return gather_all_tensors(result, self.mesh.dp_group)
 
 
 def build_mesh(tp_size: int, given: TPConfig) -> Mesh:

@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import random
-import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -15,41 +13,30 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_autotp.agreement import Digest, digests, require_agreement
+from lightning_autotp.agreement import FirstLook
 from lightning_autotp.apply import Sharded, apply_plan, sharded, warn_of_dropout
 from lightning_autotp.checkpoint import Placement, load_directory, save_directory
 from lightning_autotp.checkpoint.states import full_checkpoint, local_checkpoint, optimizer_names
 from lightning_autotp.config import TPConfig, TPTrainingConfig
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.mesh import Mesh, build_mesh
+from lightning_autotp.gradients import TPGradients, shared_scaler
+from lightning_autotp.mesh import GatherOverDP, Mesh, build_mesh
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.specs import nearest
 from lightning_autotp.table import print_plan
-
-_SAME_DATA = (
-    "Ranks that share a model must be fed the same data: leave the sampler to the Trainer, or split your data by"
-    " `trainer.strategy.dp_rank` of `trainer.strategy.dp_size`, not by global rank; and seed random augmentation alike."
-)
-_SAME_NUMBERS = (
-    "Where a parameter is named: it is used between a column and a row cut and sees only its rank's part; add a rule"
-    " for it, {'patterns': [...], 'partition_type': 'skip', 'grad_allreduce': true}. Where only the loss or an output"
-    " is named: the ranks drew different random numbers, or code outside a cut layer reads a cut weight."
-)
 
 
 class AutoTPStrategy(DDPStrategy):
@@ -127,8 +114,7 @@ class AutoTPStrategy(DDPStrategy):
         self._all_devices = False
         self._mesh: Optional[Mesh] = None
         self._gradients: Optional[TPGradients] = None
-        self._unchecked: set[str] = set()
-        self._first_loss: dict[str, tuple[Digest, float]] = {}
+        self._first_look: Optional[FirstLook] = None
 
     def __repr__(self) -> str:
         # other Trainers (pytorch_lightning's) show this when they refuse the strategy
@@ -191,8 +177,8 @@ class AutoTPStrategy(DDPStrategy):
 
     @override
     def setup_environment(self) -> None:
-        super().setup_environment()
         self._check_processes()
+        super().setup_environment()
         if self._mesh is None:
             if self._all_devices:
                 self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
@@ -250,7 +236,7 @@ class AutoTPStrategy(DDPStrategy):
         found = self._shard(module)
         self.model_to_device()
         self._metrics_over_dp(module)
-        self._unchecked = {"batch", "loss", "output"} if self._check_agreement and self.tp_size > 1 else set()
+        self._first_look = FirstLook(self.mesh, self._check_agreement)
         if fitting:
             self._setup_fit(trainer, module, found)
         self.setup_precision_plugin()
@@ -258,8 +244,6 @@ class AutoTPStrategy(DDPStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _setup_fit(self, trainer: Trainer, module: LightningModule, found: Sharded) -> None:
-        if self._gradients is not None:
-            self._gradients.remove()
         self._gradients = TPGradients(module, found)
         self._share_random_state()
         if self.tp_size > 1:
@@ -270,6 +254,9 @@ class AutoTPStrategy(DDPStrategy):
         self._reset_optimizers_and_schedulers()
         self.setup_optimizers(trainer)
         self._optimizer_names()
+        if not module.automatic_optimization:
+            for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
+                optimizer.register_step_pre_hook(self._complete_gradients)
 
     def _shard(self, module: LightningModule) -> Sharded:
         """Shard the module, unless an earlier run has done it."""
@@ -305,22 +292,18 @@ class AutoTPStrategy(DDPStrategy):
 
     def _metrics_over_dp(self, module: nn.Module) -> None:
         for metric in module.modules():
-            if isinstance(metric, Metric) and metric.process_group is None:
-                metric.process_group = self.mesh.dp_group
+            if isinstance(metric, Metric) and metric.process_group is None and metric.dist_sync_fn is None:
+                metric.dist_sync_fn = GatherOverDP(self.mesh)
 
     def _share_random_state(self) -> None:
         """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
         cuda = self.root_device.type == "cuda"
-        states = [
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(self.root_device) if cuda else None,
-            random.getstate(),
-        ]
+        states: list[Any] = [_collect_rng_states(include_cuda=False)]
+        states += [torch.cuda.get_rng_state(self.root_device)] if cuda else []
         dist.broadcast_object_list(states, src=self.mesh.tp_source, group=self.mesh.tp_group)
-        torch.set_rng_state(states[0])  # type: ignore[arg-type]
+        _set_rng_states(states[0])
         if cuda:
-            torch.cuda.set_rng_state(states[1], self.root_device)  # type: ignore[arg-type]
-        random.setstate(states[2])  # type: ignore[arg-type]
+            torch.cuda.set_rng_state(states[1], self.root_device)
 
     def _refuse_what_ddp_cannot(self, module: LightningModule) -> None:
         if not any(p.requires_grad for p in module.parameters()):
@@ -331,14 +314,14 @@ class AutoTPStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         # what torch's DDP cannot do, in terms of this strategy
-        if re.search("finished reduction in the prior iteration", str(exception)):
+        if "finished reduction in the prior iteration" in str(exception):
             unused = [n for n, p in self._module.named_parameters() if p.requires_grad and p.grad is None]
             _explain(
                 exception,
                 f"These parameters took no part in the loss of the last step: {', '.join(unused) or 'unknown'}. Freeze"
                 " them, or set AutoTPStrategy(find_unused_parameters=True).",
             )
-        elif re.search("marked? (a variable )?.*ready only once", str(exception)):
+        elif "ready only once" in str(exception):
             _explain(
                 exception,
                 "find_unused_parameters does not go with reentrant activation checkpointing: use"
@@ -349,47 +332,33 @@ class AutoTPStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0) -> Any:
-        batch = super().batch_to_device(batch, device, dataloader_idx)
-        if "batch" in self._unchecked:
-            self._unchecked.discard("batch")
-            require_agreement(digests(batch, "batch"), self.mesh, _SAME_DATA)
-        return batch
+        if self._first_look is not None:
+            self._first_look.batch(batch, loader=(self._module.trainer.state.stage, dataloader_idx))
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().training_step(*args, **kwargs)
-        if "loss" in self._unchecked:
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            self._first_loss = digests(loss, "the loss") if isinstance(loss, Tensor) else {}
+        assert self._first_look is not None
+        self._first_look.loss(output)
         return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compared(super().validation_step, *args, **kwargs)
+        return self._evaluated(super().validation_step, *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compared(super().test_step, *args, **kwargs)
+        return self._evaluated(super().test_step, *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compared(super().predict_step, *args, **kwargs)
+        return self._evaluated(super().predict_step, *args, **kwargs)
 
-    def _compared(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The step's result; at the first one of a run, what the model and the step give is compared across ranks."""
-        if "output" not in self._unchecked:
-            return step(*args, **kwargs)
-        self._unchecked.discard("output")
-        outputs: list[Any] = []
-        root = self._module.get_submodule(_common_module(self.plan)) if self.plan else self._module
-        handle = root.register_forward_hook(lambda _, __, output: outputs.append(output))
-        try:
-            result = step(*args, **kwargs)
-        finally:
-            handle.remove()
-        values = digests(outputs, "the model's output") | digests(result, "the step's output")
-        require_agreement(values, self.mesh, _SAME_NUMBERS)
-        return result
+    def _evaluated(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self._first_look is not None
+        model = self._module.get_submodule(_common_module(self.plan)) if self.plan is not None else self._module
+        return self._first_look.step(model, step, *args, **kwargs)
 
     @override
     def optimizer_step(
@@ -406,20 +375,10 @@ class AutoTPStrategy(DDPStrategy):
 
         return super().optimizer_step(optimizer, with_complete_gradients, model, **kwargs)
 
-    def _complete_gradients(self) -> None:
-        assert self._gradients is not None
-        self._gradients.complete()
-        if "loss" in self._unchecked:
-            self._unchecked.discard("loss")
-            whole = {
-                name: parameter.grad
-                for name, parameter in self._module.named_parameters()
-                if parameter.grad is not None and self._gradients.layouts[parameter].is_replicated
-            }
-            values = dict(self._first_loss)
-            for name, grad in whole.items():
-                values.update(digests(grad, f"the gradient of {name}"))
-            require_agreement(values, self.mesh, _SAME_NUMBERS)
+    def _complete_gradients(self, *_: Any) -> None:
+        if self._gradients is not None and self._first_look is not None:  # None after fit, when users step on
+            self._gradients.complete()
+            self._first_look.gradients(self._gradients.whole)
 
     @property
     @override
@@ -443,7 +402,7 @@ class AutoTPStrategy(DDPStrategy):
         super().setup_precision_plugin()
         plugin = self.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and self.tp_size > 1:
-            plugin.scaler = _shared_scaler(plugin.scaler, self.mesh)
+            plugin.scaler = shared_scaler(plugin.scaler, self.mesh)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -497,6 +456,9 @@ class AutoTPStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
+            self._gradients = None
         # the model stays sharded and where it is, so that saving, validating and fitting again work after fit;
         # the base class would move it to the CPU, from where its collectives cannot run
         if isinstance(self.model, DistributedDataParallel):
@@ -554,22 +516,6 @@ def _known(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(exception: BaseException, sentence: str) -> None:
     exception.args = (f"{exception.args[0] if exception.args else ''}\n{sentence}", *exception.args[1:])
-
-
-def _shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:
-    """A loss scaler with the settings of ``scaler`` that skips a step on all ranks if one of them overflows."""
-    shared = ShardedGradScaler(
-        device=scaler._device,
-        init_scale=scaler._init_scale,
-        growth_factor=scaler.get_growth_factor(),
-        backoff_factor=scaler.get_backoff_factor(),
-        growth_interval=scaler.get_growth_interval(),
-        enabled=scaler.is_enabled(),
-        process_group=mesh.tp_group,
-    )
-    if scaler._scale is not None:
-        shared.load_state_dict(scaler.state_dict())
-    return shared
 
 
 def _common_module(plan: ShardingPlan) -> str:
