@@ -6,14 +6,17 @@ mistake costs least.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_autotp.gradients import TPGradients
+from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 
 _SAME_DATA = (
@@ -27,6 +30,18 @@ _SAME_NUMBERS = (
 )
 _ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Relative differences that rounding explains; a partial gradient differs by far more. 1e-3 for other floats."""
+
+
+_SAME_STEP = (
+    "Their gradients agreed to rounding, so either the ranks clipped or stepped differently: clip with"
+    " `gradient_clip_val` or `self.clip_gradients`, which know the norm over all ranks, and use an elementwise"
+    " optimizer. Or a kernel in a layer that is not cut is not deterministic, as the backward pass of flash"
+    " attention is not."
+)
+_SAME_STATE = (
+    "Each rank has put its own part of a cut tensor there, and only one of them would be saved: put full tensors into"
+    " a checkpoint, or none that follow the model's parameters."
+)
 
 
 class DisagreementError(RuntimeError):
@@ -57,35 +72,68 @@ class FirstLook:
     def batch(self, batch: Any, loader: object) -> None:
         """Compare the first batch of each ``loader``, bit for bit."""
         if self._first(("batch", loader)):
-            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA)
+            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA, group=self.mesh.tp_group)
 
     def loss(self, output: Any) -> None:
         """Note what a training step returns, until :meth:`gradients` compares it."""
-        if self.enabled and "gradients" not in self._seen:
+        if self.enabled and not self._seen & {"weights"}:
             loss = output.get("loss") if isinstance(output, Mapping) else output
             self._loss = digests(loss, "the loss")
 
-    def gradients(self, whole: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Compare the last loss and the gradients of whole parameters, by name."""
-        if self._first("gradients"):
-            values = dict(self._loss)
-            for name, grad in whole().items():
-                values |= digests(grad, f"the gradient of {name}")
-            require_agreement(values, self.mesh, _SAME_NUMBERS)
+    def gradients(self, gradients: TPGradients, optimizer: object) -> None:
+        """Compare the last loss and the gradients of whole parameters, once for each ``optimizer``.
 
-    def step(self, model: nn.Module, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of an evaluation step; at the first one, it and what ``model`` gave in it are compared."""
+        To be called before partial gradients are completed: one that is alike on all ranks is none.
+        """
+        if not self._first(("gradients", id(optimizer))):
+            return
+        self._refuse_complete(gradients)
+        gradients.complete()
+        values = dict(self._loss)
+        for name, grad in gradients.whole().items():
+            values |= digests(grad, f"the gradient of {name}")
+        require_agreement(values, self.mesh, _SAME_NUMBERS)
+
+    def weights(self, whole: Callable[[], Mapping[str, Tensor]], optimizer: object) -> None:
+        """Warn where parameters that are whole are no longer bit-equal after the first step of each ``optimizer``."""
+        if self._first(("weights", id(optimizer))):
+            self._seen.add("weights")
+            values: dict[str, Digest] = {}
+            for name, parameter in whole().items():
+                values |= digests(parameter, name, exact=True)
+            found = disagreements(values, self.mesh)
+            if found:
+                rank_zero_warn(f"tensor parallel ranks drift apart in {_shown(found)}. {_SAME_STEP}")
+
+    def step(self, models: Iterable[nn.Module], step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of an evaluation step; at the first one, it and what ``models`` gave in it are compared.
+
+        Tensors of four and more dims are left out: attention weights and caches hold each rank's own heads.
+        """
         if not self._first("step"):
             return step(*args, **kwargs)
         outputs: list[Any] = []
-        handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+        handles = [m.register_forward_hook(lambda _, __, output: outputs.append(output)) for m in models]
         try:
             result = step(*args, **kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         values = digests(outputs, "the model's output") | digests(result, "the step's output")
-        require_agreement(values, self.mesh, _SAME_NUMBERS)
+        require_agreement({n: d for n, d in values.items() if len(d.shape) < 4}, self.mesh, _SAME_NUMBERS)
         return result
+
+    def _refuse_complete(self, gradients: TPGradients) -> None:
+        mine = digests(gradients.incomplete(), "", exact=True)
+        everyones: list[Any] = [None] * self.mesh.tp_size
+        dist.all_gather_object(everyones, mine, group=self.mesh.tp_group)
+        alike = [name for name in mine if all(theirs.get(name) == mine[name] for theirs in everyones)]
+        wrong = [name for name, grad in gradients.incomplete().items() if f"[{name!r}]" in alike and grad.any()]
+        if wrong:
+            raise DisagreementError(
+                f"the gradient of {', '.join(wrong[:5])} is the same on every tensor parallel rank: it is complete, and"
+                " summing it would multiply it. Remove `grad_allreduce: true` from the rule for it."
+            )
 
     def _first(self, what: object) -> bool:
         if not self.enabled or what in self._seen:
@@ -105,25 +153,50 @@ def digests(values: Any, name: str, exact: bool = False) -> dict[str, Digest]:
     return {where: _digest(tensor.detach(), exact) for where, tensor in _tensors(values, name)}
 
 
-def require_agreement(values: Mapping[str, Digest], mesh: Mesh, fix: str) -> None:
-    """Compare ``values`` inside every tensor parallel group; every process must call it.
+def require_alike(checkpoint: Mapping[str, Any], layouts: Iterable[Layout], mesh: Mesh) -> None:
+    """Refuse parts of cut tensors in a checkpoint, besides the model's and the optimizers' own state.
 
     Raises:
-        DisagreementError: on all processes alike, with the names of what differs and ``fix``.
+        DisagreementError: on all processes alike, with the places of such tensors.
     """
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, (mesh.tp_source, mesh.tp_rank, dict(values)))
-    reference = {source: theirs for source, tp_rank, theirs in everyones if tp_rank == 0}
+    if mesh.tp_size == 1:
+        return
+    parts = {layout.local_shape(rank) for layout in layouts if not layout.is_replicated for rank in range(mesh.tp_size)}
+    rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+    found = {name: digest for name, digest in digests(rest, "checkpoint", exact=True).items() if digest.shape in parts}
+    require_agreement(found, mesh, _SAME_STATE)
+
+
+def require_agreement(
+    values: Mapping[str, Digest], mesh: Mesh, fix: str, group: Optional[dist.ProcessGroup] = None
+) -> None:
+    """Compare ``values`` inside every tensor parallel group; every process of ``group`` must call it.
+
+    Raises:
+        DisagreementError: on all processes of ``group`` (default: all) alike, with the names of what differs and
+            ``fix``.
+    """
+    found = disagreements(values, mesh, group)
+    if found:
+        raise DisagreementError(f"tensor parallel ranks disagree on {_shown(found)}. {fix}")
+
+
+def disagreements(values: Mapping[str, Digest], mesh: Mesh, group: Optional[dist.ProcessGroup] = None) -> list[str]:
+    """What of ``values`` differs inside any tensor parallel group of ``group``, alike on all its processes."""
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, (dist.get_rank(), mesh.tp_source, mesh.tp_rank, dict(values)), group=group)
+    reference = {source: theirs for _, source, tp_rank, theirs in everyones if tp_rank == 0}
     wrong: dict[str, str] = {}
-    for rank, (source, _, theirs) in enumerate(everyones):
+    for rank, source, _, theirs in everyones:
         for name in [*reference[source], *(n for n in theirs if n not in reference[source])]:
             difference = _difference(reference[source].get(name), theirs.get(name))
             if difference:
                 wrong.setdefault(name, f"{name} ({difference} between ranks {source} and {rank})")
-    if wrong:
-        shown = list(wrong.values())
-        more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-        raise DisagreementError(f"tensor parallel ranks disagree on {', '.join(shown[:5])}{more}. {fix}")
+    return list(wrong.values())
+
+
+def _shown(found: list[str]) -> str:
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def _tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:

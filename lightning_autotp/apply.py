@@ -25,6 +25,12 @@ class Sharded:
 
     plan: ShardingPlan
     mesh: Mesh
+    columns: tuple[ColumnGroup, ...] = ()
+
+    def settle(self) -> None:
+        """To be called between steps: column linears learn which of them share an input."""
+        for group in self.columns:
+            group.settle()
 
 
 def sharded(model: nn.Module) -> Optional[Sharded]:
@@ -45,11 +51,11 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
     if plan.blockers:
         raise ValueError("this model cannot be sharded exactly: " + " ".join(plan.blockers))
     _load_parts(model, plan.layouts, mesh, device)
-    _convert_layers(model, plan, mesh, overlap)
+    columns = _convert_layers(model, plan, mesh, overlap)
     for attribute in plan.attributes:
         setattr(model.get_submodule(attribute.module), attribute.name, attribute.local[mesh.tp_rank])
     _keep_off_fast_paths(model)
-    setattr(model, _SHARDED, Sharded(plan, mesh))
+    setattr(model, _SHARDED, Sharded(plan, mesh, columns))
 
 
 def _load_parts(model: nn.Module, layouts: dict[str, Layout], mesh: Mesh, device: torch.device) -> None:
@@ -78,7 +84,7 @@ def _cut(parameter: nn.Parameter, layout: Layout, mesh: Mesh, device: torch.devi
 def _from_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
     tensor = tensor.to(device).contiguous()
     if dist.get_world_size() > 1 and tensor.numel():
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)  # bytes: backends know few dtypes
     return tensor
 
 
@@ -133,7 +139,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
 
 
-def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: bool) -> None:
+def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: bool) -> tuple[ColumnGroup, ...]:
     columns: dict[str, ColumnParallelLinear] = {}
     done: set[int] = set()
     for entry in plan.parameters.values():
@@ -153,11 +159,13 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: b
                 overlap=overlap,
                 gather=entry.gather_output,
             )
+    groups = []
     for paths in plan.siblings:
         members = [columns[path] for path in paths]
-        group = ColumnGroup(members)
+        groups.append(ColumnGroup(members))
         for place, member in enumerate(members):
-            member.group, member.place = group, place
+            member.group, member.place = groups[-1], place
+    return tuple(groups)
 
 
 def _embedding_class(entry: ParameterPlan) -> Any:
@@ -175,8 +183,9 @@ def _keep_off_fast_paths(model: nn.Module) -> None:
 
 def warn_of_dropout(model: nn.Module, plan: ShardingPlan) -> None:
     """Warn of active dropout between a column and a row cut: ranks would drop the same places of different heads."""
-    rows = {e.module.rpartition(".")[0] for e in plan.parameters.values() if e.kind == "row"}
-    active = [path for path in sorted(rows) if _drops(model.get_submodule(path))]
+    cut = [e for e in plan.parameters.values() if e.kind in ("row", "column") and not e.gather_output]
+    around = {e.module.rpartition(".")[0] for e in cut}
+    active = [path for path in sorted(around) if path and _drops(model.get_submodule(path))]
     if active:
         others = " and others" if len(active) > 1 else ""
         rank_zero_warn(

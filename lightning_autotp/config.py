@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional, Union
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from pydantic import (
@@ -42,6 +43,19 @@ _IGNORED_FROM_DEEPSPEED = {
     "replace_with_kernel_inject": "it concerns inference kernels",
     "kernel_inject": "it concerns inference kernels",
 }
+
+
+_DEEPSPEED_TOP_LEVEL = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "zero_optimization",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+}
+"""Keys by which a DeepSpeed config is known."""
 
 
 def parse_dtype(value: Any) -> torch.dtype:
@@ -95,9 +109,23 @@ class TPConfig(_Section):
         tp_group: the tensor parallel process group of this rank, or a callable that returns it once processes run.
     """
 
-    tp_size: int = Field(default=1, ge=1)
+    tp_size: int = 1
     mpu: Any = None
     tp_group: Any = None
+
+    @field_validator("tp_size")
+    @classmethod
+    def _positive(cls, size: int) -> int:
+        if size < 1:
+            raise ValueError(f"tp_size: {size} is not a positive number of ranks; 1 turns tensor parallelism off.")
+        return size
+
+    @field_validator("tp_group")
+    @classmethod
+    def _is_a_group(cls, group: Any) -> Any:
+        if group is not None and not isinstance(group, dist.ProcessGroup) and not callable(group):
+            raise ValueError(f"tp_group: {group!r} is neither a process group nor a callable that returns one.")
+        return group
 
     @field_validator("mpu")
     @classmethod
@@ -215,9 +243,20 @@ class TPTrainingConfig(_Section):
             data = _section(source, "config")
         else:
             data = _section(_read(Path(source)), str(source))
-        if {"tp", "tensor_parallel"} & overrides.keys():
-            data = {name: value for name, value in data.items() if name not in ("tp", "tensor_parallel")}
+        # one thing may be said in two places: what the overrides say of it wins over both
+        overridden = set(overrides)
+        if overridden & {"tp", "tensor_parallel"}:
+            overridden |= {"tp", "tensor_parallel", "autotp_size"}
+        if "autotp_size" in overridden:
+            data = {n: _without_size(v) if n in ("tp", "tensor_parallel") else v for n, v in data.items()}
+        data = {name: value for name, value in data.items() if name not in overridden}
         return cls.model_validate({**data, **overrides})
+
+
+def _without_size(nested: Any) -> Any:
+    if isinstance(nested, TPConfig):
+        return nested.model_copy(update={"tp_size": 1})
+    return {n: v for n, v in nested.items() if n != "tp_size"} if isinstance(nested, Mapping) else nested
 
 
 def _read(path: Path) -> Any:
@@ -242,6 +281,8 @@ def _section(document: Any, where: str) -> dict[str, Any]:
     is_deepspeed = isinstance(section, Mapping) and (not section or not set(section) <= nested)
     if is_deepspeed and not (ours - {"tensor_parallel"}) & set(document):
         return dict(section)  # type: ignore[arg-type]
+    if isinstance(section, Mapping) and set(document) & _DEEPSPEED_TOP_LEVEL:
+        return {"tensor_parallel": section}  # DeepSpeed's section, with fields of our nested one
     if not ours & set(document) and document and not any(nearest(str(name), ours) for name in document):
         raise ValueError(
             f"config: {where!r} has {', '.join(map(repr, document))}, but neither a `tensor_parallel` section nor any"

@@ -31,7 +31,8 @@ class TPGradients:
             if entries[name].grad_allreduce:
                 self.partial.append(parameter)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._handles = [_scale_gradient(parameter, self.mesh.tp_size) for parameter in self.partial]
+        self._complete = True
+        self._handles = [self._scale(parameter) for parameter in self.partial]
 
     def remove(self) -> None:
         """Take the hooks off the parameters again."""
@@ -40,7 +41,10 @@ class TPGradients:
 
     @torch.no_grad()
     def complete(self) -> None:
-        """Make partial gradients whole, with one all-reduce for all of a dtype."""
+        """Make partial gradients whole, with one all-reduce for all of a dtype; nothing to do if they are."""
+        if self._complete:
+            return
+        self._complete = True
         grads = [p.grad for p in self.partial if p.grad is not None]
         for dtype in dict.fromkeys(g.dtype for g in grads):
             of_dtype = [g for g in grads if g.dtype == dtype]
@@ -50,23 +54,31 @@ class TPGradients:
             parts = flat.split([g.numel() for g in of_dtype])
             torch._foreach_copy_(of_dtype, [part.view_as(g) for part, g in zip(parts, of_dtype)])
 
+    def incomplete(self) -> dict[str, Tensor]:
+        """The gradients that wait for :meth:`complete`, by name."""
+        return {self._names[p]: p.grad for p in self.partial if p.grad is not None and not self._complete}
+
     def whole(self) -> dict[str, Tensor]:
         """The gradients of parameters that every rank holds whole, by name."""
         return {n: p.grad for p, n in self._names.items() if p.grad is not None and self.layouts[p].is_replicated}
 
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters that every rank holds whole, by name."""
+        return {name: p for p, name in self._names.items() if self.layouts[p].is_replicated}
+
     @torch.no_grad()
     def total_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The 2-norm, in float32, of the gradient of the unsharded parameters; the same on every rank.
+        """The 2-norm, in float32 or float64, of the gradient of the unsharded parameters; the same on every rank.
 
         What is cut is summed over the ranks, what is whole counts once.
         """
         with_grad = [p for p in parameters if p.grad is not None]
-        cut = [p.grad for p in with_grad if not self._is_whole(p)]
-        whole = [p.grad for p in with_grad if self._is_whole(p)]
-        device = with_grad[0].device if with_grad else None
-        squares = _sum_of_squares(cut, device)  # type: ignore[arg-type]
+        cut = [p.grad for p in with_grad if p.grad is not None and not self._is_whole(p)]
+        whole = [p.grad for p in with_grad if p.grad is not None and self._is_whole(p)]
+        device = next(iter(self.layouts)).device
+        squares = _sum_of_squares(cut, device)
         dist.all_reduce(squares, group=self.mesh.tp_group)
-        return (squares + _sum_of_squares(whole, device)).sqrt()  # type: ignore[arg-type]
+        return (squares + _sum_of_squares(whole, device)).sqrt()
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients so that their true norm is at most ``max_norm``; returns the norm before."""
@@ -75,23 +87,31 @@ class TPGradients:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
+    def _scale(self, parameter: nn.Parameter) -> "torch.utils.hooks.RemovableHandle":
+        def scaled(grad: Tensor) -> Tensor:
+            self._complete = False
+            return grad * self.mesh.tp_size
+
+        # a frozen parameter takes no hook, but may be thawed later: the hook stays on it
+        trains = parameter.requires_grad
+        handle = parameter.requires_grad_().register_hook(scaled)
+        parameter.requires_grad_(trains)
+        return handle
+
     def _is_whole(self, parameter: nn.Parameter) -> bool:
         layout = self.layouts.get(parameter)
         return layout is None or layout.is_replicated
 
 
-def _scale_gradient(parameter: nn.Parameter, factor: int) -> "torch.utils.hooks.RemovableHandle":
-    # a frozen parameter takes no hook, but may be thawed later: the hook stays on it
-    trains = parameter.requires_grad
-    handle = parameter.requires_grad_().register_hook(lambda grad: grad * factor)
-    parameter.requires_grad_(trains)
-    return handle
-
-
-def _sum_of_squares(grads: "list[Tensor]", device: "torch.device | None") -> Tensor:
-    if not grads:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).square().sum()
+def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
+    """In float32 at least."""
+    total = torch.zeros((), device=device)
+    for double in (False, True):
+        of_kind = [g for g in grads if (g.dtype == torch.float64) is double]
+        if of_kind:
+            norms = torch._foreach_norm(of_kind, 2, dtype=torch.float64 if double else torch.float32)
+            total = total + torch.stack(norms).square().sum()
+    return total
 
 
 def shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:

@@ -1,13 +1,17 @@
 """Process groups: tensor parallel ranks side by side (inside a node), data parallel ranks across."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, Optional, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_autotp.config import TPConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,13 @@ class GatherOverDP:
         return gather_all_tensors(result, self.mesh.dp_group)
 
 
-def build_mesh(tp_size: int, given: TPConfig) -> Mesh:
+def build_mesh(tp_size: int, given: TPConfig, timeout: Optional[timedelta] = None) -> Mesh:
     """The mesh of this process; every process must call it.
 
     Args:
         tp_size: the tensor parallel size that the config asks for.
         given: groups of the user's, as an mpu or a tensor parallel group.
+        timeout: how long a collective of the groups made here may wait; None for torch's default.
 
     Raises:
         ValueError: if the sizes do not go together; on every rank alike.
@@ -74,10 +79,10 @@ def build_mesh(tp_size: int, given: TPConfig) -> Mesh:
         return _from_mpu(given.mpu, tp_size)
     if given.tp_group is not None:
         group = given.tp_group() if callable(given.tp_group) else given.tp_group
-        return _from_tp_group(group, tp_size)
+        return _from_tp_group(group, tp_size, timeout)
     neighbours = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
-    tp_group, _ = dist.new_subgroups_by_enumeration(neighbours)
-    return _with_replicas(tp_group, neighbours)
+    tp_group, _ = dist.new_subgroups_by_enumeration(neighbours, timeout=timeout)
+    return _with_replicas(tp_group, neighbours, timeout)
 
 
 def _from_mpu(mpu: Any, tp_size: int) -> Mesh:
@@ -99,7 +104,7 @@ def _from_mpu(mpu: Any, tp_size: int) -> Mesh:
     return mesh
 
 
-def _from_tp_group(tp_group: dist.ProcessGroup, tp_size: int) -> Mesh:
+def _from_tp_group(tp_group: dist.ProcessGroup, tp_size: int, timeout: Optional[timedelta]) -> Mesh:
     world_size = dist.get_world_size()
     everyones: list[list[int]] = [[] for _ in range(world_size)]
     dist.all_gather_object(everyones, dist.get_process_group_ranks(tp_group))
@@ -111,13 +116,34 @@ def _from_tp_group(tp_group: dist.ProcessGroup, tp_size: int) -> Mesh:
             f"tensor_parallel.tp_group: groups of {sorted({len(ranks) for ranks in groups})} processes, but autotp_size"
             f" is {tp_size}."
         )
-    return _with_replicas(tp_group, [list(ranks) for ranks in groups])
+    return _with_replicas(tp_group, [list(ranks) for ranks in groups], timeout)
 
 
-def _with_replicas(tp_group: dist.ProcessGroup, tp_ranks: list[list[int]]) -> Mesh:
+def _with_replicas(tp_group: dist.ProcessGroup, tp_ranks: list[list[int]], timeout: Optional[timedelta]) -> Mesh:
     """Data parallel groups join the processes that have the same rank in their tensor parallel groups."""
     tp_size, rank = len(tp_ranks[0]), dist.get_rank()
     replicas = [[ranks[place] for ranks in tp_ranks] for place in range(tp_size)]
-    dp_group, _ = dist.new_subgroups_by_enumeration(replicas)
+    dp_group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
     tp_rank = dist.get_group_rank(tp_group, rank)
     return Mesh(tp_group, dp_group, tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks))
+
+
+def raised_together(work: Callable[[], T]) -> T:
+    """What ``work`` returns, on every process that calls this, or its error on all of them if it fails on one.
+
+    Raises:
+        RuntimeError: where another process failed; an error of this one's own is raised as it is.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    everyones: list[Optional[str]] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(everyones):
+        if text is not None:
+            raise RuntimeError(f"rank {rank} failed: {text}")
+    return result  # type: ignore[return-value]

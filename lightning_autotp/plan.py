@@ -3,7 +3,6 @@
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lightning_autotp.layout import Layout
 from lightning_autotp.specs import TPLayerSpec
@@ -116,14 +115,18 @@ class ShardingPlan:
 
     def explain(self) -> list[PlanRow]:
         """One row per distinct parameter pattern: layer numbers are folded into ``*``."""
-        folded: dict[tuple[Any, ...], list[ParameterPlan]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[ParameterPlan]] = defaultdict(list)
         for entry in self.parameters.values():
-            key = (re.sub(r"(?:(?<=\.)|^)\d+(?=\.)", "*", entry.name), replace(entry, name="", module=""))
-            folded[(key[0], repr(key[1]))].append(entry)
-        return [_row(name, entries) for (name, _), entries in folded.items()]
+            groups[(folded(entry.name), repr(replace(entry, name="", module="")))].append(entry)
+        return [_row(name, entries) for (name, _), entries in groups.items()]
 
     def __str__(self) -> str:
         return "\n".join(str(row) for row in self.explain())
+
+
+def folded(name: str) -> str:
+    """A name with its layer numbers as ``*``."""
+    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.)", "*", name)
 
 
 def _row(name: str, entries: list[ParameterPlan]) -> PlanRow:

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any, Optional
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -16,15 +15,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_autotp.config import TPTrainingConfig
 from lightning_autotp.layout import Interval, Layout, even_widths, replicated_widths, sub_parameters
-from lightning_autotp.plan import LocalAttribute, ParameterPlan, Rule, ShardingPlan
+from lightning_autotp.plan import LocalAttribute, ParameterPlan, Rule, ShardingPlan, folded
 from lightning_autotp.presets import find_preset, preset_for, resolve_shape
 from lightning_autotp.presets.heads import KEY_COUNTS, QUERY_COUNTS, Heads
 from lightning_autotp.presets.model_plan import model_plan
+from lightning_autotp.soundness import check, head_count_blockers, preset_blockers
 from lightning_autotp.specs import PartitionType, TPLayerSpec
 
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.")
-_LOW_COVERAGE = 0.5
-"""Warn when less than this share of the elements of 2-D and larger parameters is cut."""
 
 
 def make_plan(model: nn.Module, config: TPTrainingConfig, tp_size: Optional[int] = None) -> ShardingPlan:
@@ -47,7 +45,7 @@ def make_plan(model: nn.Module, config: TPTrainingConfig, tp_size: Optional[int]
     planner = _Planner(model, rules, size)
     planner.decide()
     if size > 1:
-        planner.check()
+        planner.warnings += check(model, planner.entries, rules, planner.used)
         if strict and planner.warnings:
             raise ValueError("strict_mode: " + " ".join(planner.warnings))
     for warning in planner.warnings:
@@ -106,18 +104,22 @@ class _Planner:
         self.used: set[int] = set()
         self.warnings: list[str] = []
         self.blockers: list[str] = []
-        self.stuck_columns: list[str] = []
-        self.stuck_rows: list[str] = []
 
     def plan(self) -> ShardingPlan:
         columns = self._weights("column")
+        attributes = tuple(self._local_attributes(columns))
+        blockers = [
+            *self.blockers,
+            *preset_blockers(self.entries, _model_types(self.model)),
+            *head_count_blockers(self.model, columns, attributes),
+        ]
         return ShardingPlan(
             self.tp_size,
             self.entries,
             _siblings(columns),
-            tuple(self._local_attributes(columns)),
+            attributes,
             tuple(self.warnings),
-            tuple(dict.fromkeys(self.blockers)),
+            tuple(dict.fromkeys(blockers)) if self.tp_size > 1 else (),
         )
 
     # -- deciding -----------------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ class _Planner:
             )
         if ".base_layer" in f".{entry.module}":
             self.blockers.append(
-                f"{_folded(where)}: layers that PEFT has wrapped cannot be cut yet; add a skip rule for them."
+                f"{folded(where)}: layers that PEFT has wrapped cannot be cut yet; add a skip rule for them."
             )
         is_row = spec.partition_type is PartitionType.ROW
         if is_row and local_name == "bias":
@@ -265,7 +267,7 @@ class _Planner:
         if size == heads.size("q"):
             return even_widths(size, self.tp_size, unit=heads.dim)
         self.blockers.append(
-            f"{_folded(where)}: {heads.kv} key and value heads are fewer than {self.tp_size} ranks, so that ranks would"
+            f"{folded(where)}: {heads.kv} key and value heads are fewer than {self.tp_size} ranks, so that ranks would"
             f" share a head and have to sum its gradient, which is not done yet; use a tensor parallel size of at most"
             f" {heads.kv}."
         )
@@ -324,105 +326,6 @@ class _Planner:
                         " by 'column' with gather_output), or skip both."
                     )
 
-    # -- checking -----------------------------------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Refuse what cannot be exact, warn of what looks unintended.
-
-        Raises:
-            ValueError: on unclosed column cuts, unopened row cuts, or when nothing is cut.
-        """
-        cut = [entry for entry in self.entries.values() if not entry.layout.is_replicated]
-        if not cut:
-            sources = ", ".join(dict.fromkeys(rule.source for rule in self.rules)) or "an empty partition_config"
-            raise ValueError(
-                f"nothing of {type(self.model).__name__} is cut: no rule ({sources}) matches any of its weights."
-                f" Its parameters are named like {self._example_name()!r}; patterns are matched from the start of the"
-                " name."
-            )
-        self._check_pairs()
-        self._warn(cut)
-        for model_type in _model_types(self.model):
-            for preset_name in {e.source.removeprefix("preset ") for e in cut if e.source.startswith("preset ")}:
-                reason = find_preset(preset_name).inexact.get(model_type)
-                if reason:
-                    self.blockers.append(f"model type {model_type!r} cannot be cut exactly yet: {reason}.")
-
-    def _check_pairs(self) -> None:
-        open_columns, open_rows = self._unpaired("", self.model)
-        open_columns, open_rows = self.stuck_columns + open_columns, self.stuck_rows + open_rows
-        if open_columns:
-            raise ValueError(
-                f"{self._names(open_columns)}: a column cut that no row cut closes: what follows would see only a part"
-                " of the features. Cut the layer that reads this output with partition_type 'row', or set"
-                " `gather_output: true`."
-            )
-        if open_rows:
-            raise ValueError(
-                f"{self._names(open_rows)}: a row cut whose input no column cut makes: it would be fed all features"
-                " where it expects its part. Cut the layers that make its input with partition_type 'column', or skip"
-                " this one."
-            )
-
-    def _unpaired(self, path: str, module: nn.Module) -> tuple[list[str], list[str]]:
-        """Names of column and row weights under ``module`` that find no partner in it.
-
-        A column cut is closed in the innermost module that also holds a row cut without a partner: the attention, the
-        MLP, or the block.
-        """
-        columns: list[str] = []
-        rows: list[str] = []
-        weight = self.entries.get(f"{path}.weight" if path else "weight")
-        if weight is not None and isinstance(module, nn.Linear):
-            columns += [weight.name] * (weight.kind == "column" and not weight.gather_output)
-            rows += [weight.name] * (weight.kind == "row")
-        for name, child in module.named_children():
-            child_columns, child_rows = self._unpaired(f"{path}.{name}" if path else name, child)
-            columns += child_columns
-            rows += child_rows
-        return self._pair(path, module, columns, rows)
-
-    def _pair(self, path: str, module: nn.Module, columns: list[str], rows: list[str]) -> tuple[list[str], list[str]]:
-        """What stays open of the cuts under ``module``.
-
-        Its own layers are taken to feed each other. Layers deeper in it only where the widths agree (attention does not
-        feed the MLP's second layer), and never across the blocks of a list, each of which must close what it opens.
-        """
-        if not columns or not rows:
-            return columns, rows
-        deep = [name for name in columns + rows if self.entries[name].module.rpartition(".")[0] != path]
-        if not deep:
-            return [], []
-        if isinstance(module, nn.ModuleList):
-            self.stuck_columns += columns
-            self.stuck_rows += rows
-            return [], []
-        made = [self.entries[name].layout.shape[0] for name in columns]
-        read = [self.entries[name].layout.shape[1] for name in rows]
-        if any(out % size == 0 for out in made for size in read) or sum(made) in read:
-            return [], []
-        return columns, rows
-
-    def _warn(self, cut: list[ParameterPlan]) -> None:
-        for number, rule in enumerate(self.rules):
-            if rule.source == "user" and number not in self.used:
-                self.warnings.append(f"partition_config: the rule {rule.spec.patterns} matches no parameter.")
-        unmatched = [
-            entry.name
-            for entry in self.entries.values()
-            if not entry.rule and entry.name.endswith("weight") and isinstance(self.modules[entry.module], nn.Linear)
-        ]
-        if unmatched:
-            self.warnings.append(
-                f"no rule matches the linear layers {self._names(unmatched)}; every rank holds them whole."
-            )
-        matrices = {id(self._parameter(e.name)): e for e in self.entries.values() if len(e.layout.shape) > 1}
-        share = sum(prod(e.layout.shape) for e in matrices.values() if not e.layout.is_replicated) / max(
-            1, sum(prod(e.layout.shape) for e in matrices.values())
-        )
-        if share < _LOW_COVERAGE:
-            self.warnings.append(f"only {share:.0%} of the model's weights is cut; the rest is whole on every rank.")
-
     # -- what the plan carries ----------------------------------------------------------------------------------------
 
     def _local_attributes(self, columns: dict[str, ParameterPlan]) -> Iterator[LocalAttribute]:
@@ -460,19 +363,6 @@ class _Planner:
                 found.setdefault(id(module), entry)
         return {entry.module: entry for entry in found.values()}
 
-    def _parameter(self, name: str) -> Optional[nn.Parameter]:
-        module, _, local_name = name.rpartition(".")
-        return self.modules[module]._parameters[local_name]
-
-    def _example_name(self) -> str:
-        matrices = [name for name, entry in self.entries.items() if len(entry.layout.shape) > 1]
-        return (matrices or list(self.entries) or ["(it has none)"])[len(matrices) // 2]
-
-    @staticmethod
-    def _names(names: Sequence[str]) -> str:
-        folded = list(dict.fromkeys(map(_folded, names)))
-        return ", ".join(folded[:6]) + (f" and {len(folded) - 6} more" if len(folded) > 6 else "")
-
 
 def _siblings(columns: dict[str, ParameterPlan]) -> tuple[tuple[str, ...], ...]:
     """Column linears under one parent with one input size: they may read one tensor and share its collective."""
@@ -490,11 +380,6 @@ def _refuse_bypassed(module: nn.Module, base: type[nn.Module], where: str) -> No
         )
     if hasattr(module, "parametrizations"):
         raise ValueError(f"{where}: this weight is parametrized; remove the parametrization, or add a skip rule.")
-
-
-def _folded(name: str) -> str:
-    """A name with its layer numbers as ``*``."""
-    return re.sub(r"(?:(?<=\.)|^)\d+(?=\.)", "*", name)
 
 
 def _how(entry: ParameterPlan) -> tuple[str, bool, bool]:

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -26,15 +27,16 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_autotp.agreement import FirstLook
+from lightning_autotp.agreement import FirstLook, require_alike
 from lightning_autotp.apply import Sharded, apply_plan, sharded, warn_of_dropout
 from lightning_autotp.checkpoint import Placement, load_directory, save_directory
 from lightning_autotp.checkpoint.states import full_checkpoint, local_checkpoint, optimizer_names
 from lightning_autotp.config import TPConfig, TPTrainingConfig
 from lightning_autotp.gradients import TPGradients, shared_scaler
-from lightning_autotp.mesh import GatherOverDP, Mesh, build_mesh
+from lightning_autotp.mesh import GatherOverDP, Mesh, build_mesh, raised_together
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
+from lightning_autotp.refusals import explain_ddp_error, refuse_callbacks, refuse_for_ddp, refuse_optimizers
 from lightning_autotp.specs import nearest
 from lightning_autotp.table import print_plan
 
@@ -182,8 +184,9 @@ class AutoTPStrategy(DDPStrategy):
         if self._mesh is None:
             if self._all_devices:
                 self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
-            self._mesh = build_mesh(self.config.size, self.config.tensor_parallel)
+            self._mesh = build_mesh(self.config.size, self.config.tensor_parallel, self._timeout)
             self._ddp_kwargs["process_group"] = self._mesh.dp_group
+            self._reduce_hooks_over_dp()
 
     def _check_processes(self) -> None:
         expected = self.num_nodes * self.num_processes
@@ -194,6 +197,18 @@ class AutoTPStrategy(DDPStrategy):
                 f" {self.num_processes} devices = {expected}; make `num_nodes` and `devices` (and SLURM's --nodes and"
                 " --ntasks-per-node) agree."
             )
+        if self.num_nodes > 1 and self.num_processes % self.config.size and self.config.tensor_parallel.mpu is None:
+            rank_zero_warn(
+                f"autotp_size: {self.config.size} does not divide the {self.num_processes} devices of a node, so some"
+                " ranks that share a model are on different nodes, with the network between them."
+            )
+
+    def _reduce_hooks_over_dp(self) -> None:
+        """A communication hook without a group of its own would average different parts of the model."""
+        if self._ddp_comm_hook is not None and self._ddp_comm_state is None:
+            self._ddp_comm_state = self.mesh.dp_group
+        elif getattr(self._ddp_comm_state, "process_group", self) is None:
+            setattr(self._ddp_comm_state, "process_group", self.mesh.dp_group)  # noqa: B010 - any hook's own class
 
     @override
     def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
@@ -235,7 +250,7 @@ class AutoTPStrategy(DDPStrategy):
         self._apply_dtype(module)
         found = self._shard(module)
         self.model_to_device()
-        self._metrics_over_dp(module)
+        self._statistics_over_dp(module)
         self._first_look = FirstLook(self.mesh, self._check_agreement)
         if fitting:
             self._setup_fit(trainer, module, found)
@@ -244,16 +259,19 @@ class AutoTPStrategy(DDPStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _setup_fit(self, trainer: Trainer, module: LightningModule, found: Sharded) -> None:
+        if self.tp_size > 1:
+            refuse_callbacks(trainer)
         self._gradients = TPGradients(module, found)
         self._share_random_state()
         if self.tp_size > 1:
             warn_of_dropout(module, found.plan)
         if self.dp_size > 1:
-            self._refuse_what_ddp_cannot(module)
+            refuse_for_ddp(module, self._ddp_kwargs)
             self.configure_ddp()
         self._reset_optimizers_and_schedulers()
         self.setup_optimizers(trainer)
         self._optimizer_names()
+        refuse_optimizers(self.optimizers, self._gradients.layouts)
         if not module.automatic_optimization:
             for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
                 optimizer.register_step_pre_hook(self._complete_gradients)
@@ -262,7 +280,7 @@ class AutoTPStrategy(DDPStrategy):
         """Shard the module, unless an earlier run has done it."""
         found = sharded(module)
         if found is None:
-            plan = make_plan(module, self.config, self.tp_size)
+            plan = raised_together(lambda: make_plan(module, self.config, self.tp_size))
             apply_plan(module, plan, self.mesh, self.root_device, overlap=self.config.tp_overlap_comm)
             found = sharded(module)
             if self.tp_size > 1 and self.is_global_zero:
@@ -290,10 +308,12 @@ class AutoTPStrategy(DDPStrategy):
                 f" {parameters}; leave `dtype` out, or set the precision that goes with it."
             )
 
-    def _metrics_over_dp(self, module: nn.Module) -> None:
+    def _statistics_over_dp(self, module: nn.Module) -> None:
         for metric in module.modules():
             if isinstance(metric, Metric) and metric.process_group is None and metric.dist_sync_fn is None:
                 metric.dist_sync_fn = GatherOverDP(self.mesh)
+            elif isinstance(metric, nn.SyncBatchNorm) and metric.process_group is None:
+                metric.process_group = self.mesh.dp_group
 
     def _share_random_state(self) -> None:
         """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
@@ -305,28 +325,10 @@ class AutoTPStrategy(DDPStrategy):
         if cuda:
             torch.cuda.set_rng_state(states[1], self.root_device)
 
-    def _refuse_what_ddp_cannot(self, module: LightningModule) -> None:
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ValueError("no parameter of the model requires a gradient, so there is nothing to train.")
-        if self._ddp_kwargs.get("static_graph") and module.trainer.accumulate_grad_batches > 1:
-            raise ValueError("static_graph: it does not go with gradient accumulation in torch's DDP; leave it out.")
-
     @override
     def on_exception(self, exception: BaseException) -> None:
-        # what torch's DDP cannot do, in terms of this strategy
-        if "finished reduction in the prior iteration" in str(exception):
-            unused = [n for n, p in self._module.named_parameters() if p.requires_grad and p.grad is None]
-            _explain(
-                exception,
-                f"These parameters took no part in the loss of the last step: {', '.join(unused) or 'unknown'}. Freeze"
-                " them, or set AutoTPStrategy(find_unused_parameters=True).",
-            )
-        elif "ready only once" in str(exception):
-            _explain(
-                exception,
-                "find_unused_parameters does not go with reentrant activation checkpointing: use"
-                " `use_reentrant=False`, or leave find_unused_parameters out.",
-            )
+        if self.lightning_module is not None:
+            explain_ddp_error(exception, self.lightning_module)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -357,8 +359,8 @@ class AutoTPStrategy(DDPStrategy):
 
     def _evaluated(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self._first_look is not None
-        model = self._module.get_submodule(_common_module(self.plan)) if self.plan is not None else self._module
-        return self._first_look.step(model, step, *args, **kwargs)
+        models = _called_around(self._module, self.plan) if self.plan is not None else []
+        return self._first_look.step(models, step, *args, **kwargs)
 
     @override
     def optimizer_step(
@@ -370,15 +372,20 @@ class AutoTPStrategy(DDPStrategy):
     ) -> Any:
         def with_complete_gradients() -> Any:
             result = closure()
-            self._complete_gradients()
+            self._complete_gradients(optimizer)
             return result
 
-        return super().optimizer_step(optimizer, with_complete_gradients, model, **kwargs)
+        output = super().optimizer_step(optimizer, with_complete_gradients, model, **kwargs)
+        found = sharded(self._module)
+        assert found is not None and self._gradients is not None and self._first_look is not None
+        found.settle()
+        self._first_look.weights(self._gradients.whole_parameters, optimizer)
+        return output
 
-    def _complete_gradients(self, *_: Any) -> None:
+    def _complete_gradients(self, optimizer: Optimizer, *_: Any) -> None:
         if self._gradients is not None and self._first_look is not None:  # None after fit, when users step on
+            self._first_look.gradients(self._gradients, optimizer)
             self._gradients.complete()
-            self._first_look.gradients(self._gradients.whole)
 
     @property
     @override
@@ -391,11 +398,17 @@ class AutoTPStrategy(DDPStrategy):
         DDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
         if precision_plugin is not None:
             precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+            precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
         assert self._gradients is not None
         self._gradients.complete()
         self._gradients.clip_norm(self.precision_plugin.main_params(optimizer), clip_val)
+
+    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
+        assert self._gradients is not None
+        self._gradients.complete()
+        torch.nn.utils.clip_grad_value_(self.precision_plugin.main_params(optimizer), clip_val)
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -413,7 +426,13 @@ class AutoTPStrategy(DDPStrategy):
 
     @property
     def _placement(self) -> Placement:
-        return Placement(self.plan.layouts if self.plan is not None else {}, self.mesh)
+        if self.plan is None:
+            return Placement({}, self.mesh)
+        # a state dict may know a parameter by another name than the module does: wrappers rename, users do
+        layouts = self.plan.layouts
+        of = {id(p): layouts[name] for name, p in self._module.named_parameters(remove_duplicate=False)}
+        stored = self._module.state_dict(keep_vars=True)
+        return Placement(layouts | {name: of[id(p)] for name, p in stored.items() if id(p) in of}, self.mesh)
 
     def _optimizer_names(self) -> list[list[str]]:
         return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]
@@ -426,21 +445,26 @@ class AutoTPStrategy(DDPStrategy):
         if "://" in str(filepath):
             raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
         names = self._optimizer_names() if "optimizer_states" in checkpoint else []
+        require_alike(checkpoint, self._placement.layouts.values(), self.mesh)
         if self._save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
             save_directory(checkpoint, names, self._placement, path)
             return
+        if self.broadcast(path.is_dir()):
+            raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
         full = full_checkpoint(checkpoint, names, self._placement)
+        raised_together(lambda: self._write(full, path, storage_options))
+
+    def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
         if self.is_global_zero:
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
             self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        names = self._optimizer_names()
+        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
+        names = self._optimizer_names() if fitting else []  # those of an earlier fit are still there
         if path.is_dir():
             # as Lightning's other sharded strategies read theirs: its Trainer drops `weights_only` on the way here
             return load_directory(path, names, self._placement, weights_only=bool(weights_only))
@@ -463,6 +487,8 @@ class AutoTPStrategy(DDPStrategy):
         # the base class would move it to the CPU, from where its collectives cannot run
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
+        if self._layer_sync and self.model is not None:
+            self.model = self._layer_sync.revert(self.model)
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -508,18 +534,29 @@ def _known(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     for name in kwargs:
         if name not in known:
             raise ValueError(f"AutoTPStrategy: unknown argument {name!r}.{nearest(name, known)}")
+    if kwargs.get("model_averaging_period") is not None:
+        raise ValueError("AutoTPStrategy: model_averaging_period: replicas are kept alike in every step; leave it out.")
     for name in ("process_group", "device_mesh"):
         if kwargs.get(name) is not None:
             raise ValueError(f"AutoTPStrategy: {name}: the groups are made here; give yours as `tensor_parallel.mpu`.")
     return dict(kwargs)
 
 
-def _explain(exception: BaseException, sentence: str) -> None:
-    exception.args = (f"{exception.args[0] if exception.args else ''}\n{sentence}", *exception.args[1:])
+def _called_around(module: nn.Module, plan: ShardingPlan) -> list[nn.Module]:
+    """The innermost module around everything that is cut which a step calls.
 
-
-def _common_module(plan: ShardingPlan) -> str:
-    """The path of the innermost module around everything that is cut."""
+    Lists are never called, and a step may use the parts of the root without calling it: then their children are.
+    """
     paths = [e.module.split(".") for e in plan.parameters.values() if not e.layout.is_replicated]
-    shared = os.path.commonprefix([path[:-1] for path in paths]) if paths else []
-    return ".".join(shared)
+    around = module.get_submodule(".".join(os.path.commonprefix([path[:-1] for path in paths])))
+    if around is module:
+        return [module, *_called_children(module)]
+    return list(_called_children(around)) if isinstance(around, (nn.ModuleList, nn.ModuleDict)) else [around]
+
+
+def _called_children(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called_children(child)
+        else:
+            yield child

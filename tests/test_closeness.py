@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.closeness import assert_close, relative_errors
 from tests.models import (
     LanguageModel,
     next_token_loss,
@@ -21,7 +22,6 @@ from tests.models import (
     token_loader,
     transformer,
 )
-from tests.closeness import assert_close, relative_errors
 
 
 def test_error_is_relative_to_the_largest_element() -> None:

@@ -393,9 +393,9 @@ def rule(**options: Any) -> dict[str, Any]:
         ({"autotp_size": -1}, r"autotp_size: -1 is negative; 0 turns tensor parallelism off"),
         ({"autotp_size": "four"}, r"autotp_size\n.*valid integer"),
         ({"autotp_size": 2.5}, r"autotp_size\n.*valid integer"),
-        ({"tp": {"tp_size": -1}}, r"tp\.tp_size\n.*greater than or equal to 1"),
-        ({"tensor_parallel": {"tp_size": -1}}, r"tensor_parallel\.tp_size\n.*greater than or equal to 1"),
-        ({"tensor_parallel": {"tp_size": 0}}, r"tensor_parallel\.tp_size\n.*greater than or equal to 1"),
+        ({"tp": {"tp_size": -1}}, r"tp\.tp_size\n.*tp_size: -1 is not a positive number of ranks"),
+        ({"tensor_parallel": {"tp_size": -1}}, r"tensor_parallel\.tp_size\n.*tp_size: -1 is not a positive"),
+        ({"tensor_parallel": {"tp_size": 0}}, r"tensor_parallel\.tp_size\n.*tp_size: 0 is not a positive"),
         ({"autotp_size": 4, "tp": {"tp_size": 2}}, r"tensor_parallel\.tp_size 2 contradicts autotp_size 4; leave one"),
         ({"autotp_size": 1, "tp": {"tp_size": 2}}, r"tensor_parallel\.tp_size 2 contradicts autotp_size 1"),
         # rules
@@ -427,9 +427,10 @@ def rule(**options: Any) -> dict[str, Any]:
             r"mpu: HalfAnMpu lacks get_model_parallel_group, get_model_parallel_world_size, get_data_parallel_rank,"
             r" get_data_parallel_group, get_data_parallel_world_size",
         ),
+        ({"tensor_parallel": {"tp_group": 3}}, r"tp_group: 3 is neither a process group nor a callable"),
         ({"tensor_parallel": {"mpu": "megatron"}}, r"mpu: str lacks get_model_parallel_rank"),
         (
-            {"tp": {"mpu": Mpu(), "tp_group": object()}},
+            {"tp": {"mpu": Mpu(), "tp_group": lambda: None}},
             r"mpu and tp_group both say which ranks work together; give one",
         ),
         (

@@ -343,14 +343,55 @@ def test_siblings_that_read_different_inputs_part_company(monkeypatch: pytest.Mo
     specs = [spec("[qkv]", "column"), spec("o", "row")]
     assert_same(CrossAttention, specs, inputs(3, 5, 16))
     model = shard(seeded(CrossAttention), *specs)
-    group = model.q.group
-    assert isinstance(group, ColumnGroup)
+    group, found = model.q.group, sharded(model)
+    assert isinstance(group, ColumnGroup) and found is not None
     for _ in range(2):
         x = inputs(3, 5, 16).requires_grad_()
         with counted(monkeypatch) as calls:
             model(x).sum().backward()
+        found.settle()
     assert calls == {"forward": 1, "backward": 2}
     assert group.company[1] == group.company[2] != group.company[0] and not group.results
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.ranks(2)
+def test_siblings_that_read_different_inputs_are_recomputed_as_they_were_computed(reentrant: bool) -> None:
+    specs = [spec("[qkv]", "column"), spec("o", "row")]
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(model, x * 2, use_reentrant=reentrant)
+        return out
+
+    assert_same(CrossAttention, specs, inputs(3, 5, 16), run)
+
+
+@pytest.mark.ranks(2)
+def test_siblings_used_in_turn_on_one_leaf_with_accumulation() -> None:
+    """A result that waits when the graph is freed must not be taken in the next micro-batch."""
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        for name in ("up", "gate"):
+            model.down(getattr(model, name)(x)).sum().backward()
+        out: Tensor = model(x)
+        return out
+
+    assert_same(MLP, MLP_SPECS, inputs(3, 5, 16), run)
+
+
+@pytest.mark.ranks(2)
+def test_siblings_under_different_autocast_do_not_share() -> None:
+    model = shard(seeded(MLP), *MLP_SPECS)
+    x = inputs(3, 5, 16).requires_grad_() * 1
+    with torch.autocast(x.device.type, torch.bfloat16):
+        up = model.up(x)
+    assert (up.dtype, model.gate(x).dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.ranks(2)
+def test_an_empty_batch() -> None:
+    assert_same(MLP, MLP_SPECS, inputs(0, 16))
+    assert_same(MLP, MLP_SPECS, inputs(0, 3, 16))
 
 
 @pytest.mark.ranks(2)

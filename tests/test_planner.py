@@ -430,7 +430,10 @@ def test_interleaved_projection_is_cut_in_the_heads_of_the_row_that_closes_it(of
         set_attributes(attention, num_heads=6, head_dim=8)
         if of == "config":
             set_attributes(attention, config=SimpleNamespace(model_type="x", hidden_size=48, num_attention_heads=6))
-        sharding, path = plan(module(attn=attention), column("query_key_value"), row("dense"), tp_size=4), "attn"
+        sharding, path = (
+            plan(module(attn=attention), column("query_key_value", shape=(-1, -1)), row("dense"), tp_size=4),
+            "attn",
+        )
     assert widths(sharding, f"{path}.dense.weight") == [(16, 16, 8, 8)]
     assert widths(sharding, f"{path}.query_key_value.weight") == [(48, 48, 24, 24)]
 
@@ -1156,3 +1159,35 @@ def test_preset_whose_shapes_need_head_counts_refuses_a_config_without() -> None
 def test_unknown_preset_is_refused_with_the_list(name: Any) -> None:
     with pytest.raises(ValueError, match=r"^preset_model: there is no preset .* Presets: llama, bloom, chatglm"):
         AutoTPPresets.get_preset(name)
+
+
+def test_a_fused_weight_without_a_shape_is_refused() -> None:
+    mlp = module(gate_up=nn.Linear(8, 32), down=nn.Linear(16, 8))
+    with pytest.raises(ValueError, match=r"32 output features are 2 times .* \(16\).*`shape: \[2, -1\]`"):
+        plan(module(mlp=mlp), column("gate_up"), row("down"))
+    assert widths(plan(module(mlp=mlp), column("gate_up", shape=(2, -1)), row("down")), "mlp.gate_up.weight") == [
+        (16, 16)
+    ]
+
+
+@pytest.mark.parametrize("kinds", [("column", "row", "column"), ("row", "column")])
+def test_the_order_of_a_sequential_counts(kinds: tuple[str, ...]) -> None:
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in kinds))
+    rules = [(column if kind == "column" else row)(str(at)) for at, kind in enumerate(kinds)]
+    with pytest.raises(ValueError, match="a column cut that no row|a row cut whose input no column"):
+        plan(layers, *rules)
+
+
+class CountsBySomeName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.many_heads = 4
+
+    def forward(self, x: Any) -> Any:
+        return self.o(self.q(x).view(*x.shape[:-1], self.many_heads, -1).flatten(-2))
+
+
+def test_a_head_count_by_a_name_that_nobody_knows_blocks_setup() -> None:
+    sharding = plan(module(attn=CountsBySomeName()), column("q"), row("o"))
+    assert len(sharding.blockers) == 1 and "reads `self.many_heads` = 4" in sharding.blockers[0]

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_autotp.checkpoint.states import Placement, empty_part
 from lightning_autotp.checkpoint.view import ShardedView
+from lightning_autotp.mesh import raised_together
 
 _REST = "meta.pt"
 """The file for what is not a tensor of the model or an optimizer; the name is Lightning's for sharded checkpoints."""
@@ -48,10 +49,7 @@ def save_directory(checkpoint: dict[str, Any], names: list[list[str]], placement
     partial = path.parent / shared[0]
     partial.mkdir(parents=True, exist_ok=True)
     dcp.save(tensors, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        torch.save(rest, partial / _REST)
-        _put_in_place(partial, path)
-    dist.barrier()
+    raised_together(lambda: _finish(rest, partial, path))
 
 
 def load_directory(path: Path, names: list[list[str]], placement: Placement, weights_only: bool) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def load_directory(path: Path, names: list[list[str]], placement: Placement, wei
                 for entry in entries
                 if f"optimizers.{at}.{name}.{entry}" in stored
             }
-            for name, entries in skeleton["state"].items()
+            for name, entries in skeleton.get("state", {}).items()
         }
         for at, skeleton in enumerate(skeletons)
     ]
@@ -129,7 +127,7 @@ def _by_name(state: Mapping[str, Any], names: list[str], placement: Placement) -
     """The tensors of an optimizer's ``state_dict``, by parameter name."""
     return {
         names[number]: {e: _view(names[number], value, placement) for e, value in entries.items() if _is_tensor(value)}
-        for number, entries in state["state"].items()
+        for number, entries in state.get("state", {}).items()
     }
 
 
@@ -139,9 +137,11 @@ def _skeleton(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         **state,
         "state": {
             names[number]: {entry: None if _is_tensor(value) else value for entry, value in entries.items()}
-            for number, entries in state["state"].items()
+            for number, entries in state.get("state", {}).items()
         },
-        "param_groups": [{**g, "params": [names[number] for number in g["params"]]} for g in state["param_groups"]],
+        "param_groups": [
+            {**g, "params": [names[number] for number in g["params"]]} for g in state.get("param_groups", [])
+        ],
     }
 
 
@@ -153,7 +153,7 @@ def _by_number(
         raise ValueError(f"the checkpoint has {len(skeletons)} optimizers, this run has {len(names)}.")
     numbered = []
     for skeleton, found, ours in zip(skeletons, tensors, names):
-        theirs = [name for group in skeleton["param_groups"] for name in group["params"]]
+        theirs = [name for group in skeleton.get("param_groups", []) for name in group["params"]]
         if set(theirs) != set(ours):
             differing = sorted(set(theirs) ^ set(ours))
             raise ValueError(
@@ -162,9 +162,11 @@ def _by_number(
         number = {name: at for at, name in enumerate(ours)}
         state = {
             number[name]: {entry: found[name].get(entry, value) for entry, value in entries.items()}
-            for name, entries in skeleton["state"].items()
+            for name, entries in skeleton.get("state", {}).items()
         }
-        groups = [{**g, "params": sorted(number[name] for name in g["params"])} for g in skeleton["param_groups"]]
+        groups = [
+            {**g, "params": sorted(number[name] for name in g["params"])} for g in skeleton.get("param_groups", [])
+        ]
         if [n for group in groups for n in group["params"]] != list(range(len(ours))):
             raise ValueError(
                 "the optimizer in the checkpoint groups its parameters in another way than this run's does."
@@ -175,6 +177,12 @@ def _by_number(
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
+
+
+def _finish(rest: dict[str, Any], partial: Path, path: Path) -> None:
+    if dist.get_rank() == 0:
+        torch.save(rest, partial / _REST)
+        _put_in_place(partial, path)
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

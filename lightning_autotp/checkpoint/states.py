@@ -32,7 +32,7 @@ class Placement:
         if not isinstance(local, Tensor):
             return local
         layout = self.layout_of(name, local)
-        return (local if layout is None else gather_parts(local.detach(), layout, self.mesh)).cpu()
+        return (local.detach() if layout is None else gather_parts(local.detach(), layout, self.mesh)).cpu()
 
     def layout_of(self, name: str, local: Tensor) -> "Layout | None":
         """The layout of a local tensor that belongs to parameter ``name``, None where it is no part of a larger one.
@@ -78,6 +78,8 @@ def map_optimizer_state(
     state: Mapping[str, Any], names: list[str], change: Callable[[str, str, Any], Any]
 ) -> dict[str, Any]:
     """An optimizer's ``state_dict`` with ``change(parameter name, entry name, value)`` in place of every value."""
+    if "state" not in state:  # Lightning's stand-in for a module without optimizers
+        return dict(state)
     return {
         **state,
         "state": {
@@ -88,12 +90,21 @@ def map_optimizer_state(
 
 
 def full_checkpoint(checkpoint: Mapping[str, Any], names: list[list[str]], placement: Placement) -> dict[str, Any]:
-    """``checkpoint`` with full tensors, as an unsharded run writes it; every tensor parallel rank must call it."""
+    """``checkpoint`` with full tensors, as an unsharded run writes it, on the first tensor parallel rank.
+
+    Every rank must call it; the others get None in place of tensors.
+    """
+    first = placement.mesh.tp_rank == 0
+
+    def gather(name: str, value: Any) -> Any:
+        full = placement.gather(name, value)
+        return full if first else None  # one copy of the model is enough for a host
+
     full = dict(checkpoint)
-    full["state_dict"] = {name: placement.gather(name, value) for name, value in checkpoint["state_dict"].items()}
+    full["state_dict"] = {name: gather(name, value) for name, value in checkpoint["state_dict"].items()}
     if "optimizer_states" in checkpoint:
         full["optimizer_states"] = [
-            map_optimizer_state(state, names[at], lambda name, _, value: placement.gather(name, value))
+            map_optimizer_state(state, names[at], lambda name, _, value: gather(name, value))
             for at, state in enumerate(checkpoint["optimizer_states"])
         ]
     return full

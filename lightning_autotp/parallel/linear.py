@@ -26,11 +26,19 @@ class _ColumnLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup, overlap: bool, count: int, *params: Optional[Tensor]) -> Any:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        columns: Optional["ColumnGroup"],
+        group: ProcessGroup,
+        overlap: bool,
+        count: int,
+        *params: Optional[Tensor],
+    ) -> Any:
         weights, biases = params[:count], params[count:]
-        trains = any(ctx.needs_input_grad[4 : 4 + count])
+        trains = any(ctx.needs_input_grad[5 : 5 + count])
         ctx.save_for_backward(x if trains else None, *weights)
-        ctx.group, ctx.overlap, ctx.count = group, overlap, count
+        ctx.columns, ctx.group, ctx.overlap, ctx.count = columns, group, overlap, count
         ctx.set_materialize_grads(False)
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases))  # type: ignore[arg-type]
 
@@ -38,22 +46,24 @@ class _ColumnLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         x, *weights = ctx.saved_tensors
+        if ctx.columns is not None:
+            ctx.columns.forget()  # results that still wait hang on the graph that goes now
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
         shape = next(g.shape for g in grads if g is not None)[:-1]
         work, gx = None, None
         if ctx.needs_input_grad[0]:
-            gx = _input_gradient(flat, weights).view(*shape, -1)
+            gx = _input_gradient(flat, weights).view(*shape, weights[0].shape[1])
             if ctx.overlap and not torch.compiler.is_compiling():
                 work = dist.all_reduce(gx, group=ctx.group, async_op=True)
             else:
                 gx = all_reduced(gx, ctx.group)
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
         flat_x = None if x is None else x.reshape(-1, x.shape[-1])
         gws = [None if g is None or flat_x is None or not need else g.t() @ flat_x for g, need in zip(flat, needs)]
         gbs = [None if g is None or not need else g.sum(0) for g, need in zip(flat, needs[ctx.count :])]
         if work is not None:
             work.wait()
-        return gx, None, None, None, *gws, *gbs
+        return gx, None, None, None, None, *gws, *gbs
 
 
 def _input_gradient(grads: list[Optional[Tensor]], weights: list[Tensor]) -> Tensor:
@@ -70,35 +80,44 @@ class ColumnGroup:
     """Column linears that may read one tensor, so that its gradient is all-reduced once and not once per linear.
 
     The first one called computes all of them; the others take their result if they are called with the same object,
-    unchanged. Which linears really share an input is learned: one that is seen to read another tensor leaves the
-    others' company. A miss costs a collective, never correctness.
+    unchanged, under the same autocast. Which linears really share an input is learned: those seen to read another
+    tensor leave the others' company at the next :meth:`settle`, and not before, because a checkpointed region must
+    compute the same again. A miss costs a collective, never correctness.
     """
 
     def __init__(self, members: list["ColumnParallelLinear"]) -> None:
         self.members = members
         self.company = [0] * len(members)  # members with one number are computed together
+        self.leaving: set[int] = set()
         self.input: Optional[Tensor] = None
-        self.version = 0
+        self.state: tuple[Any, ...] = ()
         self.results: dict[int, Tensor] = {}
 
     def __call__(self, place: int, x: Tensor) -> Tensor:
         """The local output of member ``place`` on ``x``."""
         if torch.compiler.is_compiling():
             return self._traced(place, x)
+        state = _state(x)
         if place in self.results:
-            if self.input is x and self.version == x._version:
+            if self.input is x and self.state == state:
                 return self._take(place)
             if self.input is not x:
-                self._part_company()
-        self.results = self._compute(place, x)
-        self.input, self.version = x, x._version
+                self.leaving |= self.results.keys()
+        self.results = self._compute(place, x, self)
+        self.input, self.state = x, state
         return self._take(place)
 
-    def _part_company(self) -> None:
-        """Those whose results were not asked for with the input of the others are computed apart from now on."""
-        apart = max(self.company) + 1
-        for waiting in self.results:
-            self.company[waiting] = apart
+    def settle(self) -> None:
+        """Between steps: drop what nobody asked for, and part those who read different tensors."""
+        self.forget()
+        if self.leaving:
+            apart = max(self.company) + 1
+            self.company = [apart if at in self.leaving else number for at, number in enumerate(self.company)]
+            self.leaving = set()
+
+    def forget(self) -> None:
+        """Drop results that wait to be taken, and the input they are of."""
+        self.input, self.results = None, {}
 
     def _take(self, place: int) -> Tensor:
         result = self.results.pop(place)
@@ -110,14 +129,14 @@ class ColumnGroup:
         # a module's state must not change in a region that is checkpointed while it is traced; a tensor's may
         owner, waiting = getattr(x, _RIDE, None) or (None, {})
         if owner is not self or place not in waiting:
-            waiting = self._compute(place, x)
+            waiting = self._compute(place, x, None)
             setattr(x, _RIDE, (self, waiting))
         result = waiting.pop(place)
         if not waiting:  # x may be an input of the graph and live on
             setattr(x, _RIDE, None)
         return result
 
-    def _compute(self, place: int, x: Tensor) -> dict[int, Tensor]:
+    def _compute(self, place: int, x: Tensor, columns: Optional["ColumnGroup"]) -> dict[int, Tensor]:
         places = [other for other, company in enumerate(self.company) if company == self.company[place]]
         members = [self.members[other] for other in places]
         weights = [m.weight for m in members]
@@ -128,8 +147,14 @@ class ColumnGroup:
             weights = [w.to(dtype) for w in weights]
             biases = [None if b is None else b.to(dtype) for b in biases]  # type: ignore[misc]
         first = members[0]
-        outputs = _ColumnLinears.apply(x, first.mesh.tp_group, first.overlap, len(members), *weights, *biases)
+        outputs = _ColumnLinears.apply(x, columns, first.mesh.tp_group, first.overlap, len(members), *weights, *biases)
         return dict(zip(places, outputs))
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What a result depends on besides the object ``x``."""
+    device = x.device.type
+    return x._version, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 class ColumnParallelLinear(nn.Linear):

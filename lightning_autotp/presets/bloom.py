@@ -8,7 +8,8 @@ PRESET = Preset(
     ("bloom",),
     AutoTPConfig(
         [
-            column(r"self_attention\.query_key_value", r"mlp\.dense_h_to_4h"),
+            column(r"self_attention\.query_key_value", shape=(-1, -1)),
+            column(r"mlp\.dense_h_to_4h"),
             row(r"self_attention\.dense", r"mlp\.dense_4h_to_h"),
             row("word_embeddings"),
             column("lm_head", gather_output=True),

@@ -6,8 +6,11 @@ from typing import Any, Optional
 
 from torch import nn
 
-QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
-KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+QUERY_COUNTS = (
+    *("num_heads", "num_attention_heads", "num_attn_heads", "num_query_heads"),
+    *("n_heads", "n_head", "nheads", "nhead", "heads"),
+)
+KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
 """Names under which modules and configs keep their numbers of query heads, and of key (and value) heads."""
 
 
