@@ -474,11 +474,6 @@ class AutoTPStrategy(DDPStrategy):
         return local_checkpoint(checkpoint, names, self._placement)
 
     @override
-    def remove_checkpoint(self, filepath: Union[str, Path]) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
-
-    @override
     def teardown(self) -> None:
         if self._gradients is not None:
             self._gradients.remove()
@@ -487,7 +482,8 @@ class AutoTPStrategy(DDPStrategy):
         # the base class would move it to the CPU, from where its collectives cannot run
         if isinstance(self.model, DistributedDataParallel):
             self.model = self.lightning_module
-        if self._layer_sync and self.model is not None:
+        trainer = None if self.lightning_module is None else self.lightning_module._trainer
+        if self._layer_sync and self.model is not None and trainer and trainer.state.fn == TrainerFn.FITTING:
             self.model = self._layer_sync.revert(self.model)
         assert self.cluster_environment is not None
         self.cluster_environment.teardown()
