@@ -161,3 +161,12 @@ def plugin_of(model: LightningModule) -> AutoTPStrategy:
     plugin = model.trainer.strategy
     assert isinstance(plugin, AutoTPStrategy)
     return plugin
+
+
+def assert_replicas_equal(model: LightningModule) -> None:
+    """What ranks hold alike is bit-equal: whole tensors on all, parts on those with the same tensor parallel rank."""
+    found = sharded(model)
+    assert found is not None
+    for name, tensor in weights(model).items():
+        source = 0 if found.plan.layouts[name].is_replicated else found.mesh.tp_rank
+        assert torch.equal(everyones(tensor)[source], tensor), name

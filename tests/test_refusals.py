@@ -15,8 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader
 
+from lightning_autotp import AutoTPStrategy
 from lightning_autotp.agreement import DisagreementError
 from tests.closeness import assert_close
+from tests.models import LanguageModel, quiet_trainer, tiny_llama, token_loader
 from tests.small_nets import WIDTH, Net, Regressor, Rows, parts_of, plugin_of, strategy, trainer, unsharded, weights
 
 
@@ -245,3 +247,11 @@ class ListOfBlocks(Regressor):
 def test_blocks_in_a_list_are_compared_in_an_evaluation() -> None:
     with pytest.raises(DisagreementError, match="the model's output"):
         trainer(strategy(2)).validate(ListOfBlocks(), DataLoader(Rows(4), batch_size=2), verbose=False)
+
+
+@pytest.mark.ranks(4)
+def test_setup_refuses_what_a_plan_can_only_show() -> None:
+    model = LanguageModel(tiny_llama, kv_heads=2)
+    with pytest.raises(ValueError, match=r"cannot be sharded exactly.*k_proj.*2 key and value heads are fewer than 4"):
+        quiet_trainer(strategy=AutoTPStrategy(autotp_size=4)).fit(model, token_loader())
+    assert model.get_parameter("model.model.layers.0.self_attn.q_proj.weight").shape == (64, 64)

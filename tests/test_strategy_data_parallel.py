@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.apply import sharded
 from tests.closeness import assert_close
 from tests.small_nets import (
     RULES,
@@ -24,7 +23,7 @@ from tests.small_nets import (
     Net,
     Regressor,
     Rows,
-    everyones,
+    assert_replicas_equal,
     parts_of,
     plugin_of,
     strategy,
@@ -37,11 +36,7 @@ from tests.small_nets import (
 def assert_unsharded_run(model: LightningModule, want: dict[str, Tensor]) -> None:
     """The weights are those of a run on one process, and bit-equal on the ranks that hold them alike."""
     assert_close(weights(model), parts_of(model, want), 1e-4, "weight")
-    found = sharded(model)
-    assert found is not None
-    for name, tensor in weights(model).items():
-        source = 0 if found.plan.layouts[name].is_replicated else found.mesh.tp_rank
-        assert torch.equal(everyones(tensor)[source], tensor), name
+    assert_replicas_equal(model)
 
 
 # ---- accumulation

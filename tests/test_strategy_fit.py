@@ -16,7 +16,6 @@ from torch.distributed.distributed_c10d import _world
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.apply import sharded
 from lightning_autotp.gradients import shared_scaler
 from tests import models
 from tests.closeness import assert_close
@@ -27,6 +26,7 @@ from tests.small_nets import (
     Regressor,
     Rows,
     alone,
+    assert_replicas_equal,
     everyones,
     full_weights,
     parts_of,
@@ -41,15 +41,6 @@ from tests.small_nets import (
 def assert_unsharded_run(model: LightningModule, reference: LightningModule, **options: Any) -> None:
     """This rank's weights are its parts of what ``reference`` has after training alone."""
     assert_close(weights(model), parts_of(model, unsharded(reference, **options)), 1e-4, "weight")
-
-
-def assert_replicas_equal(model: LightningModule) -> None:
-    """What ranks hold alike is bit-equal: whole tensors on all, parts on those with the same tensor parallel rank."""
-    found = sharded(model)
-    assert found is not None
-    for name, tensor in weights(model).items():
-        source = 0 if found.plan.layouts[name].is_replicated else found.mesh.tp_rank
-        assert torch.equal(everyones(tensor)[source], tensor), name
 
 
 # ---- initial weights
