@@ -4,14 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
-
-try:
-    from lightning.pytorch.callbacks import WeightAveraging
-except ImportError:  # not in every Lightning 2.6
-    WeightAveraging = StochasticWeightAveraging  # type: ignore[misc, assignment]
 
 from lightning_autotp.layout import Layout
 
