@@ -41,11 +41,24 @@ def tiny(model_type: str, tied: bool) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, **experts)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "granite", "qwen2", "glm", "glm4", "mixtral"])
-@pytest.mark.ranks(2)
-def test_a_detected_preset_is_the_unsharded_run(model_type: str, tied: bool) -> None:
+MODEL_TYPES = ["llama", "mistral", "granite", "qwen2", "glm", "glm4", "mixtral"]
+
+
+def check(model_type: str, tied: bool, tp_size: int, overlap: bool) -> None:
     options: dict[str, Any] = {"model_type": model_type, "tied": tied}
     batches = batches_for(131)
-    model = sharded_run(AutoTPStrategy(autotp_size=2, tp_overlap_comm=True), tiny, batches, **options)
+    model = sharded_run(AutoTPStrategy(autotp_size=tp_size, tp_overlap_comm=overlap), tiny, batches, **options)
     assert_parity(model, partial(reference_run, tiny, batches, **options))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.ranks(2)
+def test_a_detected_preset_is_the_unsharded_run_at_tp2(model_type: str, tied: bool) -> None:
+    check(model_type, tied, 2, overlap=True)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.ranks(4)
+def test_a_detected_preset_is_the_unsharded_run_at_tp4(model_type: str) -> None:
+    check(model_type, tied=True, tp_size=4, overlap=False)
