@@ -6,6 +6,7 @@ from lightning_autotp.planner import make_plan
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.specs import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
 from lightning_autotp.strategy import AutoTPStrategy, register
+from lightning_autotp.verification import verify
 
 __all__ = [
     "AutoTPConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "TPTrainingConfig",
     "make_plan",
     "merge_autotp_configs",
+    "verify",
 ]
 
 register()

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -10,13 +11,25 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_autotp.cutting import is_conv1d
 from lightning_autotp.layout import Layout
-from lightning_autotp.mesh import Mesh
+from lightning_autotp.mesh import Mesh, Subgroups
+from lightning_autotp.parallel.boundary import Boundary
 from lightning_autotp.parallel.embedding import ColumnParallelEmbedding, VocabParallelEmbedding
-from lightning_autotp.parallel.linear import ColumnGroup, ColumnParallelLinear, RowParallelLinear
-from lightning_autotp.plan import ParameterPlan, ShardingPlan
+from lightning_autotp.parallel.heads import take_own_heads
+from lightning_autotp.parallel.linear import (
+    ColumnGroup,
+    ColumnParallel,
+    ColumnParallelConv1D,
+    ColumnParallelLinear,
+    PartialOutputLinear,
+    RowParallelConv1D,
+    RowParallelLinear,
+)
+from lightning_autotp.plan import ShardingPlan
 
 _SHARDED = "_autotp_sharded"
+_OWN_CONFIG = "_autotp_own_config"
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,8 @@ class Sharded:
 
     plan: ShardingPlan
     mesh: Mesh
-    columns: tuple[ColumnGroup, ...] = ()
+    columns: tuple[ColumnGroup, ...]
+    subgroups: Subgroups
 
     def settle(self) -> None:
         """To be called between steps: column linears learn which of them share an input."""
@@ -52,10 +66,30 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
         raise ValueError("this model cannot be sharded exactly: " + " ".join(plan.blockers))
     _load_parts(model, plan.layouts, mesh, device)
     columns = _convert_layers(model, plan, mesh, overlap)
+    for boundary in plan.boundaries:
+        Boundary.convert(model.get_submodule(boundary.module), mesh, boundary.once, boundary.passing)
     for attribute in plan.attributes:
-        setattr(model.get_submodule(attribute.module), attribute.name, attribute.local[mesh.tp_rank])
+        _set_local(model.get_submodule(attribute.module), attribute.name, attribute.local[mesh.tp_rank])
+    for given in plan.head_inputs:
+        take_own_heads(model.get_submodule(given.module), given, mesh.tp_rank)
     _keep_off_fast_paths(model)
-    setattr(model, _SHARDED, Sharded(plan, mesh, columns))
+    setattr(model, _SHARDED, Sharded(plan, mesh, columns, Subgroups.of(_owners(plan, mesh), mesh)))
+
+
+def _set_local(module: nn.Module, name: str, value: int) -> None:
+    if name.startswith("config."):
+        if "config" not in module.__dict__ or not hasattr(module, _OWN_CONFIG):
+            module.config = copy(module.config)
+            setattr(module, _OWN_CONFIG, True)
+        setattr(module.config, name.removeprefix("config."), value)
+    else:
+        setattr(module, name, value)
+
+
+def _owners(plan: ShardingPlan, mesh: Mesh) -> set[tuple[int, ...]]:
+    """Every set of tensor parallel ranks that hold the same run of some parameter, on any of them."""
+    layouts = {layout for layout in plan.layouts.values() if layout.overlaps}
+    return {share.owners for layout in layouts for rank in range(mesh.tp_size) for share in layout.shared(rank)}
 
 
 def _load_parts(model: nn.Module, layouts: dict[str, Layout], mesh: Mesh, device: torch.device) -> None:
@@ -140,24 +174,28 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: bool) -> tuple[ColumnGroup, ...]:
-    columns: dict[str, ColumnParallelLinear] = {}
+    columns: dict[str, ColumnParallel] = {}
     done: set[int] = set()
     for entry in plan.parameters.values():
         module = model.get_submodule(entry.module)
-        if entry.layout.is_replicated or id(module) in done or not entry.name.endswith("weight"):
+        if id(module) in done or not entry.name.endswith("weight"):
             continue
         done.add(id(module))
-        if isinstance(module, nn.Embedding):
-            _embedding_class(entry).convert(module, mesh, entry.layout)
+        if entry.partial_outputs:
+            PartialOutputLinear.convert(module, mesh, entry.layout, entry.partial_outputs)
+        elif entry.kind == "vocabulary":
+            VocabParallelEmbedding.convert(module, mesh, entry.layout)  # type: ignore[arg-type]
+        elif entry.kind == "column" and isinstance(module, nn.Embedding):
+            ColumnParallelEmbedding.convert(module, mesh, entry.layout)
+        elif entry.features is None:
+            continue
         elif entry.kind == "row":
-            RowParallelLinear.convert(module, mesh, entry.layout)  # type: ignore[arg-type]
-        else:
-            columns[entry.module] = ColumnParallelLinear.convert(
-                module,  # type: ignore[arg-type]
-                mesh,
-                entry.layout,
-                overlap=overlap,
-                gather=entry.gather_output,
+            row = RowParallelConv1D if is_conv1d(module) else RowParallelLinear
+            row.convert(module, mesh, entry.layout, split=entry.split_input)
+        elif entry.kind == "column":
+            column = ColumnParallelConv1D if is_conv1d(module) else ColumnParallelLinear
+            columns[entry.module] = column.convert(
+                module, mesh, entry.layout, overlap=overlap, gather=entry.gather_output
             )
     groups = []
     for paths in plan.siblings:
@@ -166,10 +204,6 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: b
         for place, member in enumerate(members):
             member.group, member.place = groups[-1], place
     return tuple(groups)
-
-
-def _embedding_class(entry: ParameterPlan) -> Any:
-    return VocabParallelEmbedding if entry.kind == "vocabulary" else ColumnParallelEmbedding
 
 
 def _keep_off_fast_paths(model: nn.Module) -> None:

@@ -1,4 +1,8 @@
-"""``lightning-autotp fit|validate|test|predict|plan --config FILE``: LightningCLI, and the plan without a run."""
+"""``lightning-autotp fit|validate|test|predict|plan --config FILE``: LightningCLI, and the plan without a run.
+
+``lightning-autotp verify`` is no part of LightningCLI: it needs no config, see
+:mod:`lightning_autotp.verification.sweep`.
+"""
 
 import sys
 from contextlib import nullcontext
@@ -11,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_autotp.planner import make_plan
 from lightning_autotp.strategy import AutoTPStrategy
 from lightning_autotp.table import print_plan
+from lightning_autotp.verification import sweep
 
 _ANYWHERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.precision=32-true"]
 """A plan needs none of the machine that the config is written for."""
@@ -63,6 +68,8 @@ def main(args: Optional[list[str]] = None) -> None:
     ``fit --resume`` continues from the last checkpoint, if there is one (``--ckpt_path last``).
     """
     given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["verify"]:
+        sys.exit(sweep.main(given[1:]))
     at = given.index("--resume") if "--resume" in given else None
     if at is not None:
         given[at : at + 1] = ["--ckpt_path", "last"]

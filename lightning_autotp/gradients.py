@@ -1,7 +1,9 @@
 """What happens to gradients between the backward pass and the optimizer."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -13,26 +15,48 @@ from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 
 
+@dataclass(frozen=True)
+class Partial:
+    """A run of a parameter whose gradient is a sum over the ranks ``owners``: all of it where ``dim`` is None."""
+
+    parameter: nn.Parameter
+    owners: tuple[int, ...]
+    dim: Optional[int] = None
+    start: int = 0
+    length: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This run of a tensor shaped like the parameter."""
+        return tensor if self.dim is None else tensor.narrow(self.dim, self.start, self.length)
+
+
 class TPGradients:
     """The gradients of a sharded model: partial ones are completed, and their norm is that of the whole model.
 
-    A replicated parameter whose gradient is partial (``grad_allreduce``) has it multiplied by the tensor parallel size
-    as it arrives, and averaged over the ranks before it is used. The average of a complete gradient is that gradient,
-    so that it may be taken at any time and any number of times, gradient accumulation included.
+    A gradient is partial where a whole parameter sees only its rank's heads (``grad_allreduce``), and where ranks hold
+    the same key and value heads. It is multiplied by the number of ranks that share it as it arrives, and averaged over
+    them before it is used. The average of a complete gradient is that gradient, so that it may be taken at any time and
+    any number of times, gradient accumulation included.
     """
 
     def __init__(self, model: nn.Module, sharded: Sharded) -> None:
         self.mesh = sharded.mesh
+        self.groups = sharded.subgroups.groups
         entries = sharded.plan.parameters
         self.layouts: dict[nn.Parameter, Layout] = {}
-        self.partial: list[nn.Parameter] = []
+        self.partial: dict[nn.Parameter, list[Partial]] = {}
         for name, parameter in model.named_parameters():
-            self.layouts[parameter] = entries[name].layout
+            self.layouts[parameter] = layout = entries[name].layout
             if entries[name].grad_allreduce:
-                self.partial.append(parameter)
+                self.partial[parameter] = [Partial(parameter, tuple(range(self.mesh.tp_size)))]
+            shares = layout.shared(self.mesh.tp_rank)
+            if shares:
+                self.partial[parameter] = [
+                    Partial(parameter, share.owners, layout.dim, share.start, share.length) for share in shares
+                ]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._complete = True
-        self._handles = [self._scale(parameter) for parameter in self.partial]
+        self._handles = [self._scale(parameter, runs) for parameter, runs in self.partial.items()]
 
     def remove(self) -> None:
         """Take the hooks off the parameters again."""
@@ -41,22 +65,28 @@ class TPGradients:
 
     @torch.no_grad()
     def complete(self) -> None:
-        """Make partial gradients whole, with one all-reduce for all of a dtype; nothing to do if they are."""
+        """Make partial gradients whole, with one all-reduce for all of a dtype and of a set of ranks."""
         if self._complete:
             return
         self._complete = True
-        grads = [p.grad for p in self.partial if p.grad is not None]
-        for dtype in dict.fromkeys(g.dtype for g in grads):
-            of_dtype = [g for g in grads if g.dtype == dtype]
-            flat = torch.cat([g.reshape(-1) for g in of_dtype])
-            dist.all_reduce(flat, group=self.mesh.tp_group)
-            flat /= self.mesh.tp_size
-            parts = flat.split([g.numel() for g in of_dtype])
-            torch._foreach_copy_(of_dtype, [part.view_as(g) for part, g in zip(parts, of_dtype)])
+        waiting: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
+        for parameter, runs in self.partial.items():
+            if parameter.grad is not None:
+                for run in runs:
+                    waiting[(run.owners, parameter.grad.dtype)].append(run.of(parameter.grad))
+        # in one order on all ranks, though each takes part in some of these only
+        for owners, dtype in sorted(waiting, key=str):
+            grads = waiting[(owners, dtype)]
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            dist.all_reduce(flat, group=self.groups[owners])
+            flat /= len(owners)
+            parts = flat.split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
     def incomplete(self) -> dict[str, Tensor]:
-        """The gradients that wait for :meth:`complete`, by name."""
-        return {self._names[p]: p.grad for p in self.partial if p.grad is not None and not self._complete}
+        """The gradients of whole parameters that wait for :meth:`complete`, by name."""
+        whole = [p for p in self.partial if self._is_whole(p) and not self._complete]
+        return {self._names[p]: p.grad for p in whole if p.grad is not None}
 
     def whole(self) -> dict[str, Tensor]:
         """The gradients of parameters that every rank holds whole, by name."""
@@ -73,12 +103,23 @@ class TPGradients:
         What is cut is summed over the ranks, what is whole counts once.
         """
         with_grad = [p for p in parameters if p.grad is not None]
-        cut = [p.grad for p in with_grad if p.grad is not None and not self._is_whole(p)]
-        whole = [p.grad for p in with_grad if p.grad is not None and self._is_whole(p)]
+        cut = [piece for p in with_grad if not self._is_whole(p) for piece in self._pieces(p)]
+        whole = [(p.grad, 1) for p in with_grad if p.grad is not None and self._is_whole(p)]
         device = next(iter(self.layouts)).device
         squares = _sum_of_squares(cut, device)
         dist.all_reduce(squares, group=self.mesh.tp_group)
         return (squares + _sum_of_squares(whole, device)).sqrt()
+
+    def _pieces(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
+        """The gradient of a cut parameter in runs, each with the number of ranks that hold it."""
+        grad = parameter.grad
+        assert grad is not None
+        end, dim = 0, self.layouts[parameter].dim or 0
+        for run in self.partial.get(parameter, []):
+            yield grad.narrow(dim, end, run.start - end), 1
+            yield run.of(grad), len(run.owners)
+            end = run.start + run.length
+        yield grad.narrow(dim, end, grad.shape[dim] - end), 1
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Scale the gradients so that their true norm is at most ``max_norm``; returns the norm before."""
@@ -87,10 +128,18 @@ class TPGradients:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    def _scale(self, parameter: nn.Parameter) -> "torch.utils.hooks.RemovableHandle":
+    def _scale(self, parameter: nn.Parameter, runs: list[Partial]) -> "torch.utils.hooks.RemovableHandle":
+        factor: Any = self.mesh.tp_size
+        if runs[0].dim is not None:
+            width = [1] * parameter.ndim
+            width[runs[0].dim] = parameter.shape[runs[0].dim]
+            factor = torch.ones(width, device=parameter.device)
+            for run in runs:
+                run.of(factor).fill_(len(run.owners))
+
         def scaled(grad: Tensor) -> Tensor:
             self._complete = False
-            return grad * self.mesh.tp_size
+            return grad * (factor if isinstance(factor, int) else factor.to(grad))
 
         # a frozen parameter takes no hook, but may be thawed later: the hook stays on it
         trains = parameter.requires_grad
@@ -103,14 +152,17 @@ class TPGradients:
         return layout is None or layout.is_replicated
 
 
-def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
-    """In float32 at least."""
+def _sum_of_squares(grads: list[tuple[Tensor, int]], device: torch.device) -> Tensor:
+    """Of all elements, those that ``n`` ranks hold divided by it; in float32 at least."""
     total = torch.zeros((), device=device)
     for double in (False, True):
-        of_kind = [g for g in grads if (g.dtype == torch.float64) is double]
+        of_kind = [(g, n) for g, n in grads if (g.dtype == torch.float64) is double and g.numel()]
         if of_kind:
-            norms = torch._foreach_norm(of_kind, 2, dtype=torch.float64 if double else torch.float32)
-            total = total + torch.stack(norms).square().sum()
+            dtype = torch.float64 if double else torch.float32
+            squares = torch.stack(torch._foreach_norm([g for g, _ in of_kind], 2, dtype=dtype)).square()
+            if any(n > 1 for _, n in of_kind):
+                squares = squares / torch.tensor([n for _, n in of_kind], device=device)
+            total = total + squares.sum()
     return total
 
 

@@ -6,7 +6,7 @@ and the table shown to people are all derived from its boxes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, Optional
 
@@ -23,6 +23,15 @@ class Box:
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A run along the cut dim of what a rank holds, and all the ranks that hold it."""
+
+    start: int
+    length: int
+    owners: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,24 @@ class Layout:
             for start, length in self.parts[rank]
         )
 
+    def shared(self, rank: int) -> tuple[Share, ...]:
+        """The runs of what ``rank`` holds that other ranks hold too, in local order; none when replicated."""
+        if not self.overlaps:
+            return ()
+        ends = sorted({at for part in self.parts for start, length in part for at in (start, start + length)})
+        found: list[Share] = []
+        local = 0
+        for start, length in self.parts[rank]:
+            for begin, end in pairwise(at for at in ends if start <= at <= start + length):
+                owners = tuple(r for r, part in enumerate(self.parts) if any(s <= begin < s + n for s, n in part))
+                before = found[-1] if found else None
+                if before is not None and before.owners == owners and before.start + before.length == local:
+                    found[-1] = Share(before.start, before.length + end - begin, owners)
+                elif len(owners) > 1:
+                    found.append(Share(local, end - begin, owners))
+                local += end - begin
+        return tuple(found)
+
     def split(self, local: Tensor, rank: int) -> tuple[Tensor, ...]:
         """Views of ``local``, one for each of ``boxes(rank)``."""
         if self.dim is None:
@@ -162,20 +189,53 @@ def even_widths(total: int, tp_size: int, unit: int = 1) -> tuple[Interval, ...]
     return tuple(zip([0, *accumulate(lengths)], lengths))
 
 
-def replicated_widths(total: int, tp_size: int, unit: int) -> tuple[Interval, ...]:
-    """``total`` of fewer units than ranks: each unit is held by ``tp_size * unit / total`` neighbouring ranks.
+def share_heads(queries: int, keys: int, tp_size: int) -> tuple[tuple[Interval, ...], tuple[Interval, ...]]:
+    """Which heads each rank computes: intervals of the query heads, and of the key (and value) heads.
 
-    >>> replicated_widths(2, 4, unit=1)
-    ((0, 1), (0, 1), (1, 1), (1, 1))
+    A rank's query heads attend to its own key heads and to no others. With at least as many key heads as ranks, whole
+    groups (a key head and its query heads) are shared out, the first ranks taking one more where they do not divide.
+    With fewer, neighbouring ranks hold the same key head and share its query heads.
+
+    >>> share_heads(6, 2, 4)
+    (((0, 2), (2, 1), (3, 2), (5, 1)), ((0, 1), (0, 1), (1, 1), (1, 1)))
+
+    Raises:
+        ValueError: if there are more ranks than query heads.
     """
-    units = total // unit
-    if total % unit or tp_size % units:
-        raise ValueError(f"{units} units cannot be shared evenly by {tp_size} ranks.")
-    return tuple((rank * units // tp_size * unit, unit) for rank in range(tp_size))
+    group = queries // keys
+    if tp_size <= keys:
+        whole = even_widths(keys, tp_size)
+        return tuple((start * group, length * group) for start, length in whole), whole
+    if tp_size > queries:
+        raise ValueError(
+            f"{queries} query heads cannot be shared by {tp_size} ranks; use a tensor parallel size of at most"
+            f" {queries}."
+        )
+    mine: list[Interval] = []
+    held: list[Interval] = []
+    for head, (_, ranks) in enumerate(even_widths(tp_size, keys)):
+        mine += [(head * group + start, length) for start, length in even_widths(group, ranks)]
+        held += [(head, 1)] * ranks
+    return tuple(mine), tuple(held)
 
 
-def sub_parameters(shape: Any, cut_dim: int, weight: Sequence[int], weight_dim: int) -> tuple[list[int], int]:
-    """The sub-parameters of a fused weight and how often they repeat.
+@dataclass(frozen=True)
+class Fused:
+    """How a fused parameter is divided along the dim that is cut.
+
+    Args:
+        sizes: the sub-parameters, one behind the other; each is cut separately.
+        repeat: how often their sequence repeats.
+        unit: the length of the runs that must stay together.
+    """
+
+    sizes: tuple[int, ...]
+    repeat: int = 1
+    unit: int = 1
+
+
+def sub_parameters(shape: Any, cut_dim: int, weight: Sequence[int], weight_dim: int) -> Fused:
+    """The sub-parameters of the fused weight of a linear.
 
     A view of as many dims as the weight names them one for one. A longer one divides the output features further, as
     ``(experts, 2, -1)`` with partition_dim 1 does: what lies before the cut dim repeats, what lies behind it must not
@@ -200,7 +260,7 @@ def sub_parameters(shape: Any, cut_dim: int, weight: Sequence[int], weight_dim: 
             raise ValueError(f"shape: a row rule cuts the input features, the last of two entries, not {shape}.")
         if known[0] not in (-1, weight[0]):
             raise ValueError(f"shape: the first entry of {shape} is not the weight's {weight[0]} output features.")
-        return _parts_of(shape[1], weight[1]), 1
+        return Fused(_parts_of(shape[1], weight[1]))
     if cut_dim == len(shape) - 1:
         raise ValueError(f"shape: a column rule cuts the output features, which the last entry of {shape} is not.")
     leading = list(known[:-1])
@@ -213,20 +273,43 @@ def sub_parameters(shape: Any, cut_dim: int, weight: Sequence[int], weight_dim: 
     if rest:
         raise ValueError(f"shape: {shape} does not divide the weight's {weight[0]} output features.")
     before, after = prod(leading[:cut_dim]), prod(leading[cut_dim + 1 :])
-    return [size * after for size in _parts_of(shape[cut_dim], total)], before
+    return Fused(tuple(size * after for size in _parts_of(shape[cut_dim], total)), before, after)
 
 
-def _parts_of(entry: Any, total: int) -> list[int]:
+def fused_parameter(shape: Any, cut_dim: int, parameter: Sequence[int]) -> Fused:
+    """The sub-parameters of any fused parameter, along its dim ``cut_dim``.
+
+    Entries of ``shape`` are the parameter's dims one for one; further ones directly behind the cut entry divide that
+    dim into runs that stay together.
+
+    Raises:
+        ValueError: if the parameter cannot be viewed so.
+    """
+    behind = len(shape) - len(parameter)
+    if behind < 0 or cut_dim >= len(parameter):
+        raise ValueError(f"shape: {shape} cut along its dim {cut_dim} is no view of a parameter {list(parameter)}.")
+    runs = shape[cut_dim + 1 : cut_dim + 1 + behind]
+    outer = (*shape[:cut_dim], -1, *shape[cut_dim + 1 + behind :])
+    if any(e not in (-1, size) for e, size in zip(outer, parameter)) or any(e == -1 for e in runs):
+        raise ValueError(f"shape: {shape} is no view of a parameter {list(parameter)}.")
+    unit = prod(runs)
+    if parameter[cut_dim] % unit:
+        raise ValueError(f"shape: {parameter[cut_dim]} features do not divide into runs of {unit}.")
+    parts = _parts_of(shape[cut_dim], parameter[cut_dim] // unit)
+    return Fused(tuple(size * unit for size in parts), 1, unit)
+
+
+def _parts_of(entry: Any, total: int) -> tuple[int, ...]:
     """The sub-parameter sizes that a ``shape`` entry gives for a dim of ``total``."""
     if isinstance(entry, tuple):
         if sum(entry) != total:
             raise ValueError(f"shape: the sub-parameters {entry} add up to {sum(entry)}, but the weight has {total}.")
-        return list(entry)
+        return entry
     if entry == -1:
-        return [total]
+        return (total,)
     if total % entry:
         raise ValueError(f"shape: {total} features do not divide into {entry} equal sub-parameters.")
-    return [total // entry] * entry
+    return (total // entry,) * entry
 
 
 def _joined(part: Sequence[Interval]) -> tuple[Interval, ...]:

@@ -1,6 +1,6 @@
 """Process groups: tensor parallel ranks side by side (inside a node), data parallel ranks across."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional, TypeVar
@@ -42,6 +42,31 @@ class Mesh:
     def tp_source(self) -> int:
         """The global rank of the first process of ``tp_group``, which the others take broadcasts from."""
         return dist.get_global_rank(self.tp_group, 0)
+
+
+@dataclass(frozen=True)
+class Subgroups:
+    """Process groups of some of the ranks of a tensor parallel group, by those ranks: this process's own."""
+
+    groups: Mapping[tuple[int, ...], dist.ProcessGroup]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Subgroups":
+        return self
+
+    @classmethod
+    def of(cls, sets: Iterable[tuple[int, ...]], mesh: Mesh) -> "Subgroups":
+        """A group for each of ``sets``, which are alike on all processes of the run; every process must call it."""
+        groups = {tuple(range(mesh.tp_size)): mesh.tp_group}
+        missing = sorted(set(sets) - groups.keys())
+        if missing:
+            everyones: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyones, tuple(dist.get_process_group_ranks(mesh.tp_group)))
+            models = sorted(set(everyones))
+            for members in missing:
+                group, _ = dist.new_subgroups_by_enumeration([[ranks[m] for m in members] for ranks in models])
+                if mesh.tp_rank in members:
+                    groups[members] = group
+        return cls(groups)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Optional
 
-from lightning_autotp.layout import Layout
+from lightning_autotp.layout import Interval, Layout
 from lightning_autotp.specs import TPLayerSpec
 
 
@@ -24,11 +25,16 @@ class ParameterPlan:
         name: its name in the model (wrappers included).
         module: the path of the module that owns it.
         layout: which part of it each rank holds.
-        kind: ``column``, ``row``, ``vocabulary`` (an embedding cut along it) or ``whole``.
+        kind: ``column``, ``row``, ``vocabulary`` (an embedding cut along it), ``heads`` (an embedding with a number for
+            each head) or ``whole``.
         rule: the pattern that decided, or ``""``.
         source: where the rule came from, or ``""``.
+        features: (out, in) features of the linear whose weight it is; None for anything else.
         gather_output: whether the column's output is all-gathered.
+        split_input: whether the row's input comes whole.
         grad_allreduce: whether its gradient is summed over the ranks once per optimizer step.
+        partial_outputs: how many of the last outputs of the linear have their gradient summed in the backward pass.
+        interleaved: whether its parts lie in runs that the cut keeps together.
         reason: for what stays whole, why.
     """
 
@@ -38,32 +44,81 @@ class ParameterPlan:
     kind: str = "whole"
     rule: str = ""
     source: str = ""
+    features: Optional[tuple[int, int]] = None
     gather_output: bool = False
+    split_input: bool = False
     grad_allreduce: bool = False
+    partial_outputs: int = 0
+    interleaved: bool = False
     reason: str = ""
 
     @property
     def communication(self) -> str:
         """The collectives that this parameter's cut causes in a step."""
-        if self.kind == "column" and self.layout.dim == 1:  # an embedding: its input, token numbers, has no gradient
-            return "forward: all-gather of the output"
-        if self.kind == "column" and not self.name.endswith("bias"):
-            return "backward: all-reduce of the input's gradient" + (
-                "; forward: all-gather of the output" if self.gather_output else ""
-            )
-        if self.kind in ("row", "vocabulary") and not self.layout.is_replicated:
-            return "forward: all-reduce of the output"
-        return "step: all-reduce of the gradient" if self.grad_allreduce else ""
+        if self.partial_outputs:
+            return f"backward: all-reduce of the gradient of the last {self.partial_outputs} outputs"
+        if self.grad_allreduce:
+            return "step: all-reduce of the gradient"
+        shared = "step: all-reduce of the gradient among ranks that share heads" if self.layout.overlaps else ""
+        if self.layout.is_replicated or self.kind == "heads":
+            return shared
+        forward, backward = "", ""
+        if self.kind == "vocabulary" or self.kind == "row" and self.features is not None:
+            forward = "forward: all-reduce of the output"
+            backward = "backward: all-gather of the input's gradient" if self.split_input else ""
+        elif self.kind == "column":
+            forward = "forward: all-gather of the output" if self.gather_output else ""
+            backward = "backward: all-reduce of the input's gradient" if self.features is not None else ""
+        return "; ".join(filter(None, (backward, forward, shared)))
 
 
 @dataclass(frozen=True)
 class LocalAttribute:
-    """A head count that a module reads in its forward pass: on each rank it must be the local one."""
+    """A head count that a module reads in its forward pass: on each rank it must be the local one.
+
+    A ``name`` like ``config.num_attention_heads`` is read from the module's config, of which it gets a copy.
+    """
 
     module: str
     name: str
     full: int
     local: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A module whose inside is cut (experts): the gradients of what enters it and its output are summed.
+
+    Args:
+        module: its path.
+        once: its own whole parameters that add to the output, once and not per rank.
+        passing: its children that pass their input on to the output as it is, once and not per rank.
+    """
+
+    module: str
+    once: tuple[str, ...] = ()
+    passing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """An argument of a module's forward that has one entry for each head of the full model: each rank takes its own.
+
+    Args:
+        module: the path of the module.
+        argument: the name of the argument.
+        dim: the dim that counts the heads; with ``batched`` it counts them for one sequence after the other.
+        heads: the number of heads of the full model.
+        parts: each rank's heads.
+        batched: whether the dim is [sequences x heads].
+    """
+
+    module: str
+    argument: str
+    dim: int
+    heads: int
+    parts: tuple[Interval, ...]
+    batched: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +152,8 @@ class ShardingPlan:
         parameters: a plan for every name that ``named_parameters(remove_duplicate=False)`` gives.
         siblings: paths of column linears that read one input, group by group; they share one collective.
         attributes: head counts that become local ones.
+        boundaries: modules whose inside is cut without layers of its own (experts).
+        head_inputs: arguments of which each rank takes its own heads' entries.
         warnings: what the user should know; errors in strict mode.
         blockers: why setup refuses this plan, though it can be looked at.
     """
@@ -105,6 +162,8 @@ class ShardingPlan:
     parameters: dict[str, ParameterPlan]
     siblings: tuple[tuple[str, ...], ...] = ()
     attributes: tuple[LocalAttribute, ...] = ()
+    boundaries: tuple[Boundary, ...] = ()
+    head_inputs: tuple[HeadInput, ...] = ()
     warnings: tuple[str, ...] = ()
     blockers: tuple[str, ...] = ()
 

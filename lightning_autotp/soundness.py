@@ -3,24 +3,31 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 from torch import nn
 
-from lightning_autotp.plan import LocalAttribute, ParameterPlan, Rule, folded
+from lightning_autotp.plan import Boundary, LocalAttribute, ParameterPlan, Rule, folded
 from lightning_autotp.presets import find_preset
+from lightning_autotp.reading import reads
 
 _LOW_COVERAGE = 0.5
 """Warn when less than this share of the elements of 2-D and larger parameters is cut."""
 
 
 def check(
-    model: nn.Module, entries: Mapping[str, ParameterPlan], rules: Sequence[Rule], used: Collection[int]
+    model: nn.Module,
+    entries: Mapping[str, ParameterPlan],
+    boundaries: Collection[Boundary],
+    rules: Sequence[Rule],
+    used: Collection[int],
 ) -> list[str]:
     """Refuse what cannot be exact; return what looks unintended.
 
     Args:
         model: the model.
         entries: what was decided for its parameters.
+        boundaries: the modules with a boundary rule whose inside is cut.
         rules: the rules that decided.
         used: the places in ``rules`` of those that matched something.
 
@@ -33,15 +40,93 @@ def check(
             f"nothing of {type(model).__name__} is cut: no rule ({sources}) matches any of its weights. Its parameters"
             f" are named like {_example_name(entries)!r}; patterns are matched from the start of the name."
         )
+    _refuse_foreign_preset(model, entries)
+    _check_bare(model, entries, boundaries)
     _Pairs(model, entries, rules).check()
     return list(_warnings(model, entries, rules, used))
 
 
-def preset_blockers(entries: Mapping[str, ParameterPlan], model_types: Iterable[str]) -> list[str]:
+def _refuse_foreign_preset(model: nn.Module, entries: Mapping[str, ParameterPlan]) -> None:
+    """A preset that knows the names of an embedding or a head alone is one for another family."""
+    cut = [entry for entry in entries.values() if not entry.layout.is_replicated]
+    inside = any(entry.kind in ("row", "column") and not entry.gather_output for entry in cut)
+    if not inside and all(entry.source.startswith("preset ") for entry in cut):
+        raise ValueError(
+            f"{cut[0].source} cuts nothing of {type(model).__name__} but {_names([entry.name for entry in cut])}: it is"
+            f" for other names than {_example_name(entries)!r}. Leave out `preset_model` to have one detected, or give"
+            " `partition_config` rules."
+        )
+
+
+def preset_blockers(model: nn.Module, entries: Mapping[str, ParameterPlan]) -> list[str]:
     """What presets know they cannot cut exactly."""
-    names = {e.source.removeprefix("preset ") for e in entries.values() if e.source.startswith("preset ")}
-    reasons = {t: find_preset(name).inexact.get(t) for t in model_types for name in sorted(names)}
-    return [f"model type {t!r} cannot be cut exactly yet: {reason}." for t, reason in reasons.items() if reason]
+    found: Iterable[Any] = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if hasattr(config, "model_type")}.values()
+    blockers = []
+    for entry in entries.values():
+        if not entry.source.startswith("preset ") or entry.layout.is_replicated or entry.features is None:
+            continue
+        preset = find_preset(entry.source.removeprefix("preset "))
+        wrong = (i for i in preset.inexact for c in configs if c.model_type in preset.model_types and i.when(c))
+        blockers += [
+            f"{folded(entry.name)} cannot be cut exactly by preset {preset.name}: {inexact.reason}."
+            for inexact in wrong
+            if re.match(inexact.pattern, entry.name)
+        ]
+    return blockers
+
+
+def boundary_blockers(
+    modules: Mapping[str, nn.Module], entries: Mapping[str, ParameterPlan], boundaries: Collection[Boundary]
+) -> list[str]:
+    """Modules with a boundary whose inside is not cut through: what they put out would be no partial sum."""
+    blockers = []
+    for path in (boundary.module for boundary in boundaries):
+        inside = [e for e in entries.values() if f"{e.module}.".startswith(f"{path}.")]
+        kinds = {e.kind for e in inside if not e.layout.is_replicated}
+        if kinds != {"column", "row"}:
+            blockers.append(
+                f"{folded(path)} ({type(modules[path]).__name__}): a boundary rule sums its outputs, which is right"
+                " only where some of its parameters are cut by 'column' rules and those that follow by 'row' rules;"
+                f" here are {' and '.join(sorted(kinds))} cuts only. Cut both, or skip all."
+            )
+            continue
+        made = [e for e in inside if e.kind == "column" and not e.name.endswith("bias") and not e.layout.is_replicated]
+        read = {e.layout.shape[e.layout.dim or 0] for e in inside if e.kind == "row" and not e.layout.is_replicated}
+        for entry in made:
+            width, runs = entry.layout.shape[entry.layout.dim or 0], len(entry.layout.parts[-1])
+            if width not in read and runs == 1 and not entry.interleaved and any(width % size == 0 for size in read):
+                blockers.append(
+                    f"{folded(entry.name)} (rule {entry.rule!r}): its {width} features are a multiple of the"
+                    f" {min(read)} that the row cut behind it reads, so it holds several parts, and a plain cut would"
+                    " give a rank one of them whole and none of another. Give the rule a `shape` with the number of"
+                    " parts at `partition_dim`."
+                )
+    return blockers
+
+
+def _check_bare(model: nn.Module, entries: Mapping[str, ParameterPlan], boundaries: Collection[Boundary]) -> None:
+    """Cut parameters that are no layer's weight need something that closes their cut."""
+    holders = {e.module.rpartition(".")[0] for e in entries.values() if e.kind == "column" and e.features is not None}
+    for entry in entries.values():
+        module = model.get_submodule(entry.module)
+        inside = any(f"{entry.module}.".startswith(f"{boundary.module}.") for boundary in boundaries)
+        layer = isinstance(module, nn.Embedding) or entry.features is not None or entry.kind == "whole"
+        if inside and entry.features is not None and not entry.layout.is_replicated:
+            raise ValueError(
+                f"{entry.name} (rule {entry.rule!r}): it is inside a module with a boundary rule, whose output is"
+                " summed, and a cut linear sums its own; remove one of the rules."
+            )
+        alias = entry.name.rpartition(".")[2] not in reads(module)
+        if layer or inside or alias or entry.name.endswith("bias") and hasattr(module, "weight"):
+            continue
+        per_head = len(entry.layout.shape) == 1 and entry.kind == "column" and entry.module in holders
+        if not per_head:
+            raise ValueError(
+                f"{entry.name} (rule {entry.rule!r}, {entry.kind}): this is a parameter of {type(module).__name__}, and"
+                " nothing sums the output of that module. Add a boundary rule for it (`boundary: true`), narrow the"
+                " pattern, or add a skip rule before it."
+            )
 
 
 def head_count_blockers(
@@ -52,7 +137,7 @@ def head_count_blockers(
     blockers = []
     for path in dict.fromkeys(m.rpartition(".")[0] for m, entry in columns.items() if not entry.gather_output):
         module = model.get_submodule(path)
-        read = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+        read = reads(module)
         for name, value in vars(module).items():
             is_count = re.search("head", name, re.IGNORECASE) and not re.search("dim|size|group|width", name)
             if is_count and type(value) is int and value > 1 and name in read and (path, name) not in known:
@@ -96,9 +181,9 @@ class _Pairs:
         columns: list[str] = []
         rows: list[str] = []
         weight = self.entries.get(f"{path}.weight" if path else "weight")
-        if weight is not None and isinstance(module, nn.Linear):
+        if weight is not None and weight.features is not None:
             columns += [weight.name] * (weight.kind == "column" and not weight.gather_output)
-            rows += [weight.name] * (weight.kind == "row")
+            rows += [weight.name] * (weight.kind == "row" and not weight.split_input)
         for name, child in module.named_children():
             child_columns, child_rows = self._unpaired(f"{path}.{name}" if path else name, child)
             if isinstance(module, nn.Sequential):  # here, and only here, the order of the layers is known
@@ -121,24 +206,29 @@ class _Pairs:
         """
         if not columns or not rows:
             return columns, rows
-        deep = [name for name in columns + rows if self.entries[name].module.rpartition(".")[0] != path]
+        deep = [name for name in columns + rows if _owner(self.entries[name].module) != path]
         if deep and isinstance(module, nn.ModuleList):
             self.stuck_columns += columns
             self.stuck_rows += rows
             return [], []
-        made = [self.entries[name].layout.shape[0] for name in columns]
-        read = [self.entries[name].layout.shape[1] for name in rows]
+        made = [self._features(name)[0] for name in columns]
+        read = [self._features(name)[1] for name in rows]
         if deep and not any(out % size == 0 for out in made for size in read) and sum(made) not in read:
             return columns, rows
         self._agree(columns, rows)
         return [], []
 
+    def _features(self, name: str) -> tuple[int, int]:
+        features = self.entries[name].features
+        assert features is not None
+        return features
+
     def _agree(self, columns: list[str], rows: list[str]) -> None:
         """A plain rule of the user's on a weight that is a multiple of what the row reads: it must be a fused one."""
-        read = {self.entries[name].layout.shape[1] for name in rows}
+        read = {self._features(name)[1] for name in rows}
         for name in columns:
             entry = self.entries[name]
-            out = entry.layout.shape[0]
+            out = self._features(name)[0]
             if entry.rule not in self.plain or out in read:
                 continue
             for size in sorted(read):
@@ -157,8 +247,8 @@ def _warnings(
     for number, rule in enumerate(rules):
         if rule.source == "user" and number not in used:
             yield f"partition_config: the rule {rule.spec.patterns} matches no parameter."
-    linears = [e for e in entries.values() if e.name.endswith("weight")]
-    unmatched = [e.name for e in linears if not e.rule and isinstance(model.get_submodule(e.module), nn.Linear)]
+    linears = [e for e in entries.values() if e.features is not None and not _is_adapter(e.name)]
+    unmatched = [e.name for e in linears if not e.rule]
     if unmatched:
         yield f"no rule matches the linear layers {_names(unmatched)}; every rank holds them whole."
     parameters = dict(model.named_parameters())  # each once, however many names it has
@@ -167,6 +257,15 @@ def _warnings(
     share = cut / max(1, sum(prod(e.layout.shape) for e in matrices))
     if share < _LOW_COVERAGE:
         yield f"only {share:.0%} of the model's weights is cut; the rest is whole on every rank."
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def _owner(layer: str) -> str:
+    """The path of the module that works with a layer, of which PEFT may have made a few."""
+    return re.sub(r"\.(base_layer|lora_[AB]\.[^.]+)$", "", layer).rpartition(".")[0]
 
 
 def _example_name(entries: Mapping[str, ParameterPlan]) -> str:

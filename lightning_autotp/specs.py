@@ -63,16 +63,26 @@ class TPLayerSpec:
         patterns: regular expressions, matched with :func:`re.match` (anchored at the start) against names as
             ``named_parameters()`` of the LightningModule gives them, wrappers such as ``_orig_mod.`` removed.
         partition_type: COLUMN cuts the output features, ROW the input features, SKIP leaves the layer whole. On an
-            ``nn.Embedding`` ROW cuts the vocabulary and COLUMN the features.
+            ``nn.Embedding`` ROW cuts the vocabulary and COLUMN the features. On any other parameter COLUMN cuts the
+            last but one dim (of a vector: its only one) and ROW the last, as experts ``[E, out, in]`` need it; a
+            vector under a ROW rule is a bias that is added once.
         shape: the view of a fused weight before it is cut. The entry at ``partition_dim`` names the sub-parameters,
             each of which is cut separately: ``(2, -1)`` two equal ones, ``((q, k, v), -1)`` unequal ones by their
             sizes. ``"q"`` and ``"kv"`` stand for the sizes of all query and all key (value) heads of the model.
+            Entries are the dims of the parameter one for one; further ones behind the cut entry divide it into runs
+            that stay together, as ``(-1, -1, -1, 2)`` with ``partition_dim`` 2 keeps interleaved pairs of the last dim.
         partition_dim: the dim of ``shape`` that is cut. Default: 0 for COLUMN, 1 for ROW.
         model_types: apply only where the ``config.model_type`` of the model that owns the parameter (or, without a
             config, its class name as a regular expression) is one of these. Default: everywhere.
         gather_output: COLUMN only: all-gather the output, so that what follows sees all features.
+        split_input: ROW only: the input comes whole, and each rank takes its part of it.
         grad_allreduce: SKIP only: each rank sees only its part of what flows through this parameter (it is used
             between a column and a row cut), so its gradient is summed over the tensor parallel ranks.
+        partial_outputs: SKIP only, on an ``nn.Linear``: how many of its last output features feed every rank's own
+            heads directly, so that their gradient is summed over the ranks in the backward pass (the rotary key of
+            multi-head latent attention). A number, or the name of an attribute of the module around it.
+        boundary: SKIP only: ``patterns`` name modules whose inside is cut by other rules (experts). What enters them is
+            whole and its gradient is summed, their output is summed.
 
     Raises:
         ValueError: on any value that no model could make right; the message names the field.
@@ -84,7 +94,10 @@ class TPLayerSpec:
     partition_dim: Optional[int] = None
     model_types: Optional[list[str]] = None
     gather_output: bool = False
+    split_input: bool = False
     grad_allreduce: bool = False
+    partial_outputs: Union[int, str, None] = None
+    boundary: bool = False
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the dataclass is frozen
@@ -99,9 +112,13 @@ class TPLayerSpec:
         put("partition_type", PartitionType.parse(self.partition_type))
         if self.model_types is not None:
             put("model_types", _strings("model_types", self.model_types))
-        for flag in ("gather_output", "grad_allreduce"):
+        for flag in ("gather_output", "split_input", "grad_allreduce", "boundary"):
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"{flag}: {getattr(self, flag)!r} is not true or false.")
+        if self.split_input and self.partition_type is not PartitionType.ROW:
+            raise ValueError(
+                f"split_input: only a row rule has an input to split, this one is {self.partition_type.value}."
+            )
         if self.gather_output and self.partition_type is not PartitionType.COLUMN:
             raise ValueError(
                 f"gather_output: only a column rule has an output to gather, this one is {self.partition_type.value}."
@@ -111,7 +128,33 @@ class TPLayerSpec:
                 "grad_allreduce: a cut parameter's gradient belongs to one rank and must not be summed; it goes with"
                 f" partition_type 'skip', this rule is {self.partition_type.value}."
             )
+        self._check_whole()
         self._check_shape(put)
+
+    def _check_whole(self) -> None:
+        """What only goes with a module that is left as it is."""
+        whole = self.partition_type is PartitionType.SKIP
+        if self.boundary and (not whole or self.grad_allreduce or self.partial_outputs is not None):
+            raise ValueError(
+                "boundary: a rule with it names modules, cuts nothing itself and has no other flag; use partition_type"
+                " 'skip', and rules of their own for the parameters inside."
+            )
+        if self.partial_outputs is None:
+            return
+        if not whole:
+            raise ValueError(
+                f"partial_outputs: it goes with partition_type 'skip', this rule is {self.partition_type.value}."
+            )
+        if self.grad_allreduce:
+            raise ValueError(
+                "partial_outputs: with it the gradient of the weight is whole already, and `grad_allreduce` would"
+                " multiply it; leave one of them out."
+            )
+        if not (isinstance(self.partial_outputs, str) and self.partial_outputs) and not _is_size(self.partial_outputs):
+            raise ValueError(
+                f"partial_outputs: {self.partial_outputs!r} is neither a number of features of at least 1 nor the name"
+                " of an attribute that holds it."
+            )
 
     def _check_shape(self, put: Any) -> None:
         if self.partition_dim is not None and (

@@ -1,19 +1,16 @@
 """How close is close: the one comparison that all parity tests use.
 
-The error of a tensor is ``max |got - want| / max(max |want|, 1e-6 * norm)``, with ``norm`` the 2-norm over the whole
-model: a tensor whose true value is zero (the gradient of a key bias, say) holds rounding noise in any run, and is held
-to the scale of the model and not to its own.
+The error of a tensor is that of :mod:`lightning_autotp.verification.errors`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-MODEL_SCALE = 1e-6
+from lightning_autotp.verification.errors import comparable, model_norm, tensor_error
 
 
 def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
@@ -25,8 +22,8 @@ def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> di
     """
     _check_same_tensors(got, want)
     exact = {name: tensor.detach().to(torch.float64) for name, tensor in want.items()}
-    norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in exact.values()))
-    return {name: _error(got[name].detach(), tensor, MODEL_SCALE * norm) for name, tensor in exact.items()}
+    norm = model_norm(exact)
+    return {name: tensor_error(got[name].detach().to(tensor), tensor, norm)[0] for name, tensor in exact.items()}
 
 
 def assert_close(
@@ -40,7 +37,7 @@ def assert_close(
     """
     errors = relative_errors(got, want)
     # Not "error > tol", which NaN would pass.
-    wrong = sorted((name for name in errors if not errors[name] <= tol), key=lambda name: -_rank(errors[name]))
+    wrong = sorted((name for name in errors if not errors[name] <= tol), key=lambda name: -comparable(errors[name]))
     if wrong:
         lines = [f"  {errors[name]:.3g}  {name} {list(want[name].shape)}" for name in wrong]
         summary = f"{len(wrong)} of {len(errors)} tensors differ in {what} by more than {tol:g}, the worst first:"
@@ -55,17 +52,3 @@ def _check_same_tensors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -
     wrong = [f"{name} {ours} instead of {theirs}" for name, (ours, theirs) in shapes.items() if ours != theirs]
     if wrong:
         raise AssertionError(f"The tensors' shapes differ: {', '.join(wrong)}.")
-
-
-def _error(got: Tensor, want: Tensor, floor: float) -> float:
-    if want.numel() == 0:
-        return 0.0
-    difference = float((got.to(want) - want).abs().max())
-    scale = max(float(want.abs().max()), floor)
-    if scale == 0.0:
-        return 0.0 if difference == 0.0 else math.inf
-    return difference / scale
-
-
-def _rank(error: float) -> float:
-    return math.inf if math.isnan(error) else error

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
 from lightning_autotp.apply import sharded
-from tests.closeness import MODEL_SCALE, assert_close, relative_errors
+from lightning_autotp.verification.errors import MODEL_SCALE
+from tests.closeness import assert_close, relative_errors
 from tests.models import LanguageModel, TokenDataset, next_token_loss, quiet_trainer, token_batches
 from tests.rank_pool import rank_device
 

@@ -17,8 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
 from lightning_autotp.apply import apply_plan, sharded
 from lightning_autotp.mesh import build_mesh
+from lightning_autotp.parallel.boundary import Boundary, OnFirstRank
 from lightning_autotp.parallel.embedding import VocabParallelEmbedding
-from lightning_autotp.parallel.linear import ColumnGroup, ColumnParallelLinear, RowParallelLinear
+from lightning_autotp.parallel.heads import take_own_heads
+from lightning_autotp.parallel.linear import (
+    ColumnGroup,
+    ColumnParallelConv1D,
+    ColumnParallelLinear,
+    PartialOutputLinear,
+    RowParallelConv1D,
+    RowParallelLinear,
+)
+from lightning_autotp.plan import HeadInput
 from tests.closeness import assert_close
 from tests.models import next_token_loss, tiny_llama, token_batches
 from tests.rank_pool import rank_device
@@ -418,6 +428,325 @@ def test_a_copied_model_computes_on_its_own_weights() -> None:
     x = inputs(5, 16).requires_grad_()
     assert twin(x).abs().max() == 0 and model(x).abs().max() > 0
     assert twin.up.group is not model.up.group and twin.up.mesh is model.up.mesh
+
+
+# -- rows that split their input, and linears stored the other way round ----------------------------------------------
+
+
+class SplitInput(nn.Module):
+    """The first layer is whole; the second reads all of it on every rank."""
+
+    def __init__(self, width: int = 27) -> None:
+        super().__init__()
+        self.first, self.down = nn.Linear(16, width), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        out: Tensor = self.down(hidden)
+        return out * hidden.sum(-1, keepdim=True)  # a second use of what is split
+
+
+SPLIT = [spec("first", "skip"), spec("down", "row", split_input=True)]
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (0, 16)])
+@pytest.mark.ranks(2)
+def test_a_row_that_splits_its_input(shape: tuple[int, ...]) -> None:
+    model = assert_same(SplitInput, SPLIT, inputs(*shape))
+    assert isinstance(model.down, RowParallelLinear) and model.down.weight.shape == (8, 14 - dist.get_rank())
+    assert "split_input" in repr(model.down)
+
+
+@pytest.mark.ranks(4)
+def test_a_row_that_splits_its_input_unevenly_over_four() -> None:
+    gathered = [spec("first", "column", gather_output=True), spec("down", "row", split_input=True)]
+    for specs in (SPLIT, gathered):
+        assert_same(SplitInput, specs, inputs(3, 5, 16), overlap=True)
+
+
+@pytest.mark.ranks(2)
+def test_a_row_that_splits_the_parts_of_a_fused_input() -> None:
+    fused = spec("down", "row", split_input=True, shape=[-1, [19, 8]])
+    assert_same(SplitInput, [spec("first", "skip"), fused], inputs(5, 16))
+
+
+class Conv1DMLP(nn.Module):
+    """GPT-2's fused projection and its output, with a gate in place of the attention."""
+
+    def __init__(self, width: int = 9) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__init__()
+        self.c_attn, self.c_proj = Conv1D(3 * width, 16), Conv1D(16, width)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)  # biases included, which start as zeros
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.c_attn(x).chunk(3, -1)
+        out: Tensor = self.c_proj(torch.tanh(q * k) + v)
+        return out
+
+
+CONV1D = [spec("c_attn", "column", shape=[3, -1]), spec("c_proj", "row")]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("shape", [(5, 16), (3, 5, 16)])
+@pytest.mark.ranks(2)
+def test_conv1d_column_and_row(shape: tuple[int, ...], overlap: bool) -> None:
+    model = assert_same(Conv1DMLP, CONV1D, inputs(*shape), overlap=overlap)
+    assert isinstance(model.c_attn, ColumnParallelConv1D) and isinstance(model.c_proj, RowParallelConv1D)
+    width = 5 - dist.get_rank()
+    assert (model.c_attn.weight.shape, model.c_proj.weight.shape) == ((16, 3 * width), (width, 16))
+
+
+@pytest.mark.ranks(4)
+def test_conv1d_over_four() -> None:
+    assert_same(Conv1DMLP, CONV1D, inputs(3, 5, 16))
+
+
+@pytest.mark.ranks(2)
+def test_conv1d_that_gathers_and_splits() -> None:
+    rules = [
+        spec("c_attn", "column", shape=[3, -1], gather_output=True),
+        spec("c_proj", "row", split_input=True),
+    ]
+    assert_same(Conv1DMLP, rules, inputs(5, 16))
+
+
+# -- whole layers whose last outputs feed every rank's own heads ------------------------------------------------------
+
+
+class Latent(nn.Module):
+    """What ``kv_a`` gives is expanded by ``kv_b``, but its last 3 features, which every head reads as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv_a, self.kv_b, self.o = nn.Linear(16, 9), nn.Linear(6, 20), nn.Linear(20, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent, rotary = self.kv_a(x).split([6, 3], -1)
+        expanded = self.kv_b(torch.tanh(latent))
+        out: Tensor = self.o(expanded * rotary.sin().prod(-1, keepdim=True))
+        return out
+
+
+@pytest.mark.ranks(2)
+def test_partial_outputs() -> None:
+    rules = [spec("kv_a", "skip", partial_outputs=3), spec("kv_b", "column"), spec("o", "row")]
+    model = assert_same(Latent, rules, inputs(3, 5, 16))
+    assert isinstance(model.kv_a, PartialOutputLinear) and model.kv_a.count == 3
+
+
+@pytest.mark.ranks(4)
+def test_partial_outputs_over_four_and_without_them() -> None:
+    """The rule makes the difference: without it the gradients of what is whole are wrong."""
+    cut = [spec("kv_b", "column"), spec("o", "row")]
+    assert_same(Latent, [spec("kv_a", "skip", partial_outputs=3), *cut], inputs(3, 5, 16))
+    with pytest.raises(AssertionError, match=r"tensors differ .*(?s:.*)kv_a\.weight"):
+        assert_same(Latent, [spec("kv_a", "skip"), *cut], inputs(3, 5, 16))
+
+
+# -- modules whose inside is cut --------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """``[T, H]``, ``[T, E]`` -> ``[T, H]``; stored as ``[E, out, in]``, with a bias that is each expert's."""
+
+    def __init__(self, experts: int = 3, width: int = 5) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(experts, 2 * width, 16) / 4)
+        self.gate_up_bias = nn.Parameter(torch.randn(experts, 2 * width))
+        self.down = nn.Parameter(torch.randn(experts, 16, width) / 2)
+        self.down_bias = nn.Parameter(torch.randn(experts, 16))
+        self.pass_on = nn.Identity()
+
+    def forward(self, hidden: Tensor, *, routing: Tensor) -> Tensor:
+        gate, up = (torch.einsum("th,eoh->teo", hidden, self.gate_up) + self.gate_up_bias).chunk(2, -1)
+        out = torch.einsum("teo,eho->teh", torch.sigmoid(gate) * up, self.down) + self.down_bias
+        first = routing[:, :1] * self.pass_on(hidden)
+        return (out * routing[:, :, None]).sum(1) + first
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts, self.after = nn.Linear(16, 3), Experts(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.after(x + self.experts(x, routing=self.router(x).softmax(-1)))
+        return out
+
+
+EXPERTS = [
+    spec(r"experts\.gate_up$", "column", shape=[-1, 2, -1], partition_dim=1),
+    spec(r"experts\.gate_up_bias", "column", shape=[-1, 2], partition_dim=1),
+    spec(r"experts\.down$", "row"),
+    spec(r"experts\.down_bias", "row"),
+    spec(r"experts\.pass_on", "row"),
+    spec(r"experts$", "skip", boundary=True),
+    spec("router|after", "skip"),
+]
+
+
+@pytest.mark.ranks(2)
+def test_a_boundary_around_experts() -> None:
+    """Their gradients, those of what enters and, through the routing weights, of the router."""
+    model = assert_same(Routed, EXPERTS, inputs(7, 16))
+    assert isinstance(model.experts, Boundary) and isinstance(model.experts, Experts)
+    assert model.experts.gate_up.shape == (3, 2 * (3 - dist.get_rank()), 16)
+    assert dict(model.named_parameters())["experts.down_bias"].shape == (3, 16)
+
+
+@pytest.mark.ranks(4)
+def test_a_boundary_over_four() -> None:
+    assert_same(Routed, EXPERTS, inputs(7, 16))
+
+
+@pytest.mark.ranks(2)
+def test_a_bias_in_a_boundary_is_added_once_and_stays_a_parameter() -> None:
+    model = shard(seeded(Routed), *EXPERTS)
+    bias = model.experts.get_parameter("down_bias")
+    assert bias is model.experts.down_bias and "experts.down_bias" in model.state_dict()
+    seen: list[Tensor] = []
+    forward = Experts.forward
+
+    def looking(self: Experts, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(self.down_bias)
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experts, "forward", looking)
+        model(inputs(7, 16))
+    assert torch.equal(seen[0], bias if dist.get_rank() == 0 else torch.zeros_like(bias))
+    seen[0].sum().backward()
+    assert torch.equal(bias.grad, torch.ones_like(bias))
+    assert model.experts.down_bias is bias
+
+
+@pytest.mark.ranks(2)
+def test_what_passes_its_input_on_does_so_once() -> None:
+    model = shard(seeded(Routed), *EXPERTS)
+    assert isinstance(model.experts.pass_on, OnFirstRank)
+    x = inputs(7, 16).requires_grad_()
+    out = model.experts.pass_on(x)
+    assert torch.equal(out, x if dist.get_rank() == 0 else torch.zeros_like(x))
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, float(dist.get_rank() == 0)))
+
+
+@pytest.mark.parametrize("frozen", ["router", "experts"])
+@pytest.mark.ranks(2)
+def test_a_boundary_with_something_frozen(frozen: str) -> None:
+    def build() -> nn.Module:
+        model = Routed()
+        model.get_submodule(frozen).requires_grad_(False)
+        return model
+
+    assert_same(build, EXPERTS, inputs(7, 16))
+
+
+class Pair(Experts):
+    def forward(self, hidden: Tensor, *, routing: Tensor) -> Any:
+        return super().forward(hidden, routing=routing), routing
+
+
+@pytest.mark.ranks(2)
+def test_a_boundary_that_returns_more_than_a_tensor_is_an_error() -> None:
+    model = seeded(Routed)
+    model.experts.__class__ = Pair
+    shard(model, *EXPERTS)
+    with pytest.raises(TypeError, match="returned tuple; a module with a boundary rule must return one tensor"):
+        model(inputs(7, 16))
+
+
+class RoutedInATuple(Routed):
+    """Gives its experts what they need as one argument."""
+
+    class Experts(Experts):
+        def forward(self, both: Any) -> Tensor:  # type: ignore[override]
+            return super().forward(both[0], routing=both[1])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts.__class__ = self.Experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.after(x + self.experts((x, self.router(x).softmax(-1))))
+        return out
+
+
+@pytest.mark.ranks(2)
+def test_a_boundary_that_is_given_its_tensors_in_a_tuple() -> None:
+    """Their gradients are summed all the same, or the call is an error: never just a rank's part."""
+    try:
+        assert_same(RoutedInATuple, EXPERTS, inputs(7, 16))
+    except (TypeError, ValueError) as refused:
+        assert "boundary" in str(refused)
+
+
+@pytest.mark.ranks(2)
+def test_a_boundary_under_no_grad_and_checkpointed() -> None:
+    def run(model: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            model(x)
+        out: Tensor = checkpoint(model, x * 2, use_reentrant=False)
+        return out
+
+    assert_same(Routed, EXPERTS, inputs(7, 16), run)
+
+
+# -- arguments with an entry for each head ----------------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """Scales what each of its heads gets by that head's entry of ``bias``."""
+
+    def __init__(self, heads: int = 6) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q, self.o = nn.Linear(16, 4 * heads), nn.Linear(4 * heads, 16)
+
+    def forward(self, x: Tensor, bias: Tensor, batched: Tensor | None = None) -> Tensor:
+        heads = self.q(x).unflatten(-1, (self.num_heads, 4)) * bias[..., None]
+        if batched is not None:
+            heads = heads * batched.view(len(x), self.num_heads, 1)
+        out: Tensor = self.o(heads.flatten(-2))
+        return out
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.ranks(4)
+def test_a_module_takes_its_own_heads_entries_of_an_argument(by_name: bool) -> None:
+    x, bias, batched = inputs(5, 16), inputs(6), inputs(5 * 6)
+    parts = ((0, 2), (2, 2), (4, 1), (5, 1))
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        attention = model["attn"]
+        if sharded(model) is not None:
+            take_own_heads(attention, HeadInput("attn", "bias", 0, 6, parts), dist.get_rank())
+            take_own_heads(attention, HeadInput("attn", "batched", 0, 6, parts, batched=True), dist.get_rank())
+        out: Tensor = attention(x, bias=bias, batched=batched) if by_name else attention(x, bias, batched)
+        return out
+
+    model = assert_same(lambda: nn.ModuleDict({"attn": Biased()}), [spec(".*q", "column"), spec(".*o", "row")], x, run)
+    assert model["attn"].num_heads == parts[dist.get_rank()][1]
+
+
+@pytest.mark.ranks(2)
+def test_an_argument_without_an_entry_for_each_head_is_left_alone() -> None:
+    """A mask that is the same for all heads, or none at all."""
+
+    class Echo(nn.Module):
+        def forward(self, x: Tensor, mask: Any = None) -> Any:
+            return mask
+
+    module = Echo()
+    take_own_heads(module, HeadInput("", "mask", 1, 6, ((0, 3), (3, 3))), dist.get_rank())
+    one, all_heads = inputs(2, 1, 4), inputs(2, 6, 4)
+    assert module(one, one) is one and module(one) is None and module(one, mask="x") == "x"
+    mine = all_heads[:, :3] if dist.get_rank() == 0 else all_heads[:, 3:]
+    assert torch.equal(module(one, all_heads), mine) and torch.equal(module(one, mask=all_heads), mine)
 
 
 # -- conversion in place ----------------------------------------------------------------------------------------------

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autotp.layout import Box, Interval, Layout, even_widths, replicated_widths, sub_parameters
+from lightning_autotp.layout import (
+    Box,
+    Fused,
+    Interval,
+    Layout,
+    Share,
+    even_widths,
+    fused_parameter,
+    share_heads,
+    sub_parameters,
+)
 
 # No deadline: the machine is shared with other work, and a slow moment is no failure.
 properties = settings(deadline=None, max_examples=80)
@@ -63,7 +73,10 @@ def cuts(draw: st.DrawFn, form: Form | None = None) -> Cut:
     widths, dealt = [], []
     for heads, unit in form.subs:
         if tp_size > heads and tp_size % heads == 0 and draw(st.booleans()):
-            widths.append(replicated_widths(heads * unit, tp_size, unit))
+            # the keys of multi-head attention with as many query heads as ranks
+            widths.append(
+                tuple((start * unit, length * unit) for start, length in share_heads(tp_size, heads, tp_size)[1])
+            )
             dealt.append([[rank * heads // tp_size] for rank in range(tp_size)])
         else:
             widths.append(even_widths(heads * unit, tp_size, unit))
@@ -215,11 +228,109 @@ def test_even_widths_are_contiguous_whole_units_and_differ_by_one(total: int, tp
     assert lengths == sorted(lengths, reverse=True)
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """``queries`` heads in groups of ``queries // keys`` each, over ``tp_size`` ranks."""
+
+    queries: int
+    keys: int
+    tp_size: int
+
+
+@st.composite
+def sharings(draw: st.DrawFn) -> Sharing:
+    keys, group = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    return Sharing(keys * group, keys, draw(st.integers(1, keys * group)))
+
+
 @properties
-@given(units=st.integers(1, 6), copies=st.integers(1, 4), unit=st.integers(1, 5))
-def test_replicated_widths_give_each_unit_to_as_many_neighbours(units: int, copies: int, unit: int) -> None:
-    widths = replicated_widths(units * unit, units * copies, unit)
-    assert widths == tuple((at * unit, unit) for at in range(units) for _ in range(copies))
+@given(sharings())
+def test_every_query_head_is_on_one_rank_with_its_key_head(sharing: Sharing) -> None:
+    queries, keys = share_heads(sharing.queries, sharing.keys, sharing.tp_size)
+    assert len(queries) == len(keys) == sharing.tp_size
+    assert [head for start, length in queries for head in range(start, start + length)] == list(range(sharing.queries))
+    group = sharing.queries // sharing.keys
+    for (start, length), (key, held) in zip(queries, keys):
+        assert length > 0 and held > 0, "no rank is idle"
+        assert {head // group for head in range(start, start + length)} == set(range(key, key + held))
+
+
+@properties
+@given(sharings())
+def test_ranks_have_heads_as_even_as_they_can(sharing: Sharing) -> None:
+    queries, keys = share_heads(sharing.queries, sharing.keys, sharing.tp_size)
+    group = sharing.queries // sharing.keys
+    counts = [length for _, length in queries]
+    if sharing.tp_size <= sharing.keys:
+        assert [length for _, length in keys] == [count // group for count in counts]
+        assert all(count % group == 0 for count in counts), "whole groups"
+        assert max(counts) - min(counts) in (0, group)
+        assert sum(length for _, length in keys) == sharing.keys, "no key head is held twice"
+    else:
+        assert [length for _, length in keys] == [1] * sharing.tp_size
+        ranks = [sum(start == head for start, _ in keys) for head in range(sharing.keys)]
+        assert max(ranks) - min(ranks) <= 1, "key heads are shared by as many ranks, or by one more"
+        for head in range(sharing.keys):
+            inside = [count for count, (start, _) in zip(counts, keys) if start == head]
+            assert sum(inside) == group and max(inside) - min(inside) <= 1
+
+
+@properties
+@given(keys=st.integers(1, 6), group=st.integers(1, 4), more=st.integers(1, 5))
+def test_more_ranks_than_query_heads_are_refused_with_the_number(keys: int, group: int, more: int) -> None:
+    queries = keys * group
+    with pytest.raises(
+        ValueError, match=rf"^{queries} query heads cannot be shared by {queries + more} .* {queries}\.$"
+    ):
+        share_heads(queries, keys, queries + more)
+
+
+@properties
+@given(cuts())
+def test_shared_runs_are_those_that_several_ranks_hold(cut: Cut) -> None:
+    """Against the definition: element by element of what a rank holds, in local order, all ranks that hold it."""
+    layout = cut.layout
+    if layout.is_replicated:
+        assert [layout.shared(rank) for rank in range(layout.tp_size)] == [()] * layout.tp_size
+        return
+    indices = [
+        list(layout.along(layout.shape[cut.dim]).shard(numbered((layout.shape[cut.dim],)), rank).tolist())
+        for rank in range(layout.tp_size)
+    ]
+    for rank, mine in enumerate(indices):
+        owners = [tuple(r for r, theirs in enumerate(indices) if index in theirs) for index in mine]
+        want = {at: who for at, who in enumerate(owners) if len(who) > 1}
+        have: dict[int, tuple[int, ...]] = {}
+        runs = layout.shared(rank)
+        for run in runs:
+            assert run.length > 0 and rank in run.owners
+            assert not have.keys() & set(range(run.start, run.start + run.length)), "runs overlap"
+            have |= dict.fromkeys(range(run.start, run.start + run.length), run.owners)
+        assert have == want
+        assert [run.start for run in runs] == sorted(run.start for run in runs), "in local order"
+        assert all((a.start + a.length, a.owners) != (b.start, b.owners) for a, b in zip(runs, runs[1:])), (
+            "neighbouring runs of the same owners are one"
+        )
+
+
+@properties
+@given(sharings(), st.integers(1, 3), st.integers(1, 3))
+def test_unshard_of_overlapping_parts_is_the_identity(sharing: Sharing, dim: int, behind: int) -> None:
+    """A fused projection of q, k and v whose key heads ranks share."""
+    queries, keys = share_heads(sharing.queries, sharing.keys, sharing.tp_size)
+    widths = [[(s * dim, n * dim) for s, n in part] for part in (queries, keys, keys)]
+    full = numbered(((sharing.queries + 2 * sharing.keys) * dim, behind))
+    layout = Layout.cut(full.shape, 0, sharing.tp_size, widths)
+    assert layout.overlaps == (sharing.tp_size > sharing.keys)
+    q, k, v = full.split([sharing.queries * dim, sharing.keys * dim, sharing.keys * dim])
+    for rank, part in enumerate(shards(layout, full)):
+        pieces = [
+            t.split(dim)[h]
+            for t, (s, n) in zip((q, k, v), (queries[rank], keys[rank], keys[rank]))
+            for h in range(s, s + n)
+        ]
+        assert torch.equal(part, torch.cat(pieces))
+    assert torch.equal(layout.unshard(shards(layout, full)), full)
 
 
 # -- chosen examples --------------------------------------------------------------------------------------------------
@@ -246,29 +357,32 @@ def test_even_widths_refuse_a_part_of_a_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "tp_size", "unit", "want"),
+    ("heads", "tp_size", "queries", "keys"),
     [
-        (2, 4, 1, ((0, 1), (0, 1), (1, 1), (1, 1))),
-        (16, 4, 8, ((0, 8), (0, 8), (8, 8), (8, 8))),
-        (8, 3, 8, ((0, 8), (0, 8), (0, 8))),
-        (4, 4, 1, ((0, 1), (1, 1), (2, 1), (3, 1))),
+        ((6, 6), 4, (2, 2, 1, 1), ((0, 2), (2, 2), (4, 1), (5, 1))),
+        ((8, 2), 4, (2, 2, 2, 2), ((0, 1), (0, 1), (1, 1), (1, 1))),
+        ((12, 3), 4, (2, 2, 4, 4), ((0, 1), (0, 1), (1, 1), (2, 1))),
+        ((6, 2), 4, (2, 1, 2, 1), ((0, 1), (0, 1), (1, 1), (1, 1))),
+        ((8, 4), 3, (4, 2, 2), ((0, 2), (2, 1), (3, 1))),
+        ((8, 1), 3, (3, 3, 2), ((0, 1), (0, 1), (0, 1))),
+        ((4, 2), 1, (4,), ((0, 2),)),
+        ((5, 5), 5, (1, 1, 1, 1, 1), ((0, 1), (1, 1), (2, 1), (3, 1), (4, 1))),
     ],
 )
-def test_replicated_widths(total: int, tp_size: int, unit: int, want: tuple[Interval, ...]) -> None:
-    assert replicated_widths(total, tp_size, unit) == want
+def test_share_heads(
+    heads: tuple[int, int], tp_size: int, queries: tuple[int, ...], keys: tuple[Interval, ...]
+) -> None:
+    mine, held = share_heads(*heads, tp_size)
+    assert tuple(length for _, length in mine) == queries
+    assert held == keys
 
 
-@pytest.mark.parametrize(
-    ("total", "tp_size", "unit", "message"),
-    [
-        (2, 3, 1, "^2 units cannot be shared evenly by 3 ranks"),
-        (4, 2, 1, "^4 units cannot be shared evenly by 2 ranks"),
-        (10, 4, 4, "^2 units cannot be shared evenly by 4 ranks"),
-    ],
-)
-def test_replicated_widths_refuse_uneven_sharing(total: int, tp_size: int, unit: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replicated_widths(total, tp_size, unit)
+@pytest.mark.parametrize(("heads", "tp_size"), [((4, 2), 5), ((1, 1), 2), ((8, 1), 16)])
+def test_share_heads_refuses_idle_ranks(heads: tuple[int, int], tp_size: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{heads[0]} query heads cannot be shared by {tp_size} ranks; .*{heads[0]}\.$"
+    ):
+        share_heads(*heads, tp_size)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -305,10 +419,28 @@ def test_whole_layout() -> None:
 
 
 def test_shared_heads_overlap() -> None:
-    layout = Layout.cut((4, 2), 0, 4, [replicated_widths(4, 4, unit=2)])
+    _, keys = share_heads(4, 2, 4)
+    layout = Layout.cut((4, 2), 0, 4, [[(start * 2, length * 2) for start, length in keys]])
     assert layout.overlaps
     assert layout.widths == (2, 2, 2, 2)
     assert [box.offset[0] for rank in range(4) for box in layout.boxes(rank)] == [0, 0, 2, 2]
+    assert [layout.shared(rank) for rank in range(4)] == 2 * [(Share(0, 2, (0, 1)),)] + 2 * [(Share(0, 2, (2, 3)),)]
+
+
+def test_shared_runs_of_a_fused_weight() -> None:
+    """Each rank's own queries are its alone; the key and the value it shares, with whom depends on the head."""
+    queries, keys = ((0, 1), (1, 1), (2, 2)), ((0, 1), (0, 1), (1, 1))
+    layout = Layout.cut((8, 2), 0, 3, [queries, keys, keys])
+    assert [layout.shared(rank) for rank in range(3)] == 2 * [(Share(1, 2, (0, 1)),)] + [()]
+    packed = Layout((4, 1), 3, 0, (((0, 3),), ((1, 3),), ((2, 1),)))
+    assert packed.shared(0) == (Share(1, 1, (0, 1)), Share(2, 1, (0, 1, 2)))
+    assert packed.shared(1) == (Share(0, 1, (0, 1)), Share(1, 1, (0, 1, 2)))
+    assert packed.shared(2) == (Share(0, 1, (0, 1, 2)),)
+
+
+def test_what_is_cut_plainly_or_whole_is_not_shared() -> None:
+    assert Layout.cut((6,), 0, 2, [even_widths(6, 2)]).shared(1) == ()
+    assert Layout.replicated((6,), 2).shared(0) == ()
 
 
 def test_scalars_can_be_whole() -> None:
@@ -395,33 +527,31 @@ def test_bias_of_another_size_is_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "cut_dim", "weight", "weight_dim", "want"),
     [
-        ((2, -1), 0, (12, 5), 0, ([6, 6], 1)),
-        ((3, -1), 0, (12, 5), 0, ([4, 4, 4], 1)),
-        ((3, 5), 0, (12, 5), 0, ([4, 4, 4], 1)),
-        ((-1, 5), 0, (12, 5), 0, ([12], 1)),
-        (((8, 2, 2), -1), 0, (12, 5), 0, ([8, 2, 2], 1)),
-        (((12,), -1), 0, (12, 5), 0, ([12], 1)),
+        ((2, -1), 0, (12, 5), 0, Fused((6, 6), 1)),
+        ((3, -1), 0, (12, 5), 0, Fused((4, 4, 4), 1)),
+        ((3, 5), 0, (12, 5), 0, Fused((4, 4, 4), 1)),
+        ((-1, 5), 0, (12, 5), 0, Fused((12,), 1)),
+        (((8, 2, 2), -1), 0, (12, 5), 0, Fused((8, 2, 2), 1)),
+        (((12,), -1), 0, (12, 5), 0, Fused((12,), 1)),
         # what lies before the cut dim repeats: experts, each with a gate and an up part
-        ((3, 2, -1), 1, (12, 5), 0, ([2, 2], 3)),
-        ((3, 2, 5), 1, (12, 5), 0, ([2, 2], 3)),
-        ((2, (4, 2), -1), 1, (12, 5), 0, ([4, 2], 2)),
-        ((-1, (4, 2), -1), 1, (12, 5), 0, ([4, 2], 2)),
-        ((2, 3, -1, 5), 2, (12, 5), 0, ([2], 6)),
+        ((3, 2, -1), 1, (12, 5), 0, Fused((2, 2), 3)),
+        ((3, 2, 5), 1, (12, 5), 0, Fused((2, 2), 3)),
+        ((2, (4, 2), -1), 1, (12, 5), 0, Fused((4, 2), 2)),
+        ((-1, (4, 2), -1), 1, (12, 5), 0, Fused((4, 2), 2)),
+        ((2, 3, -1, 5), 2, (12, 5), 0, Fused((2,), 6)),
         # what lies behind the cut dim is not cut across
-        ((2, 3, -1), 0, (12, 5), 0, ([6, 6], 1)),
-        (((1, 3), 3, -1), 0, (12, 5), 0, ([3, 9], 1)),
+        ((2, 3, -1), 0, (12, 5), 0, Fused((6, 6), unit=3)),
+        (((1, 3), 3, -1), 0, (12, 5), 0, Fused((3, 9), unit=3)),
         # rows
-        ((-1, 3), 1, (5, 12), 1, ([4, 4, 4], 1)),
-        ((5, 3), 1, (5, 12), 1, ([4, 4, 4], 1)),
-        ((-1, (8, 4)), 1, (5, 12), 1, ([8, 4], 1)),
+        ((-1, 3), 1, (5, 12), 1, Fused((4, 4, 4), 1)),
+        ((5, 3), 1, (5, 12), 1, Fused((4, 4, 4), 1)),
+        ((-1, (8, 4)), 1, (5, 12), 1, Fused((8, 4), 1)),
     ],
 )
-def test_sub_parameters(
-    shape: Any, cut_dim: int, weight: tuple[int, int], weight_dim: int, want: tuple[list[int], int]
-) -> None:
-    sizes, repeat = sub_parameters(shape, cut_dim, weight, weight_dim)
-    assert (sizes, repeat) == want
-    assert sum(sizes) * repeat == weight[weight_dim]
+def test_sub_parameters(shape: Any, cut_dim: int, weight: tuple[int, int], weight_dim: int, want: Fused) -> None:
+    fused = sub_parameters(shape, cut_dim, weight, weight_dim)
+    assert fused == want
+    assert sum(fused.sizes) * fused.repeat == weight[weight_dim]
 
 
 @pytest.mark.parametrize(
@@ -455,8 +585,80 @@ def test_view_that_the_weight_does_not_have_is_refused(shape: Any, cut_dim: int,
 def test_view_with_experts_cuts_inside_each_part_of_each(experts: int, parts: int, width: int, tp_size: int) -> None:
     width *= tp_size
     full = torch.arange(experts * parts * width * 2).reshape(-1, 2)
-    sizes, repeat = sub_parameters((experts, parts, -1), 1, full.shape, 0)
-    layout = Layout.cut(full.shape, 0, tp_size, [even_widths(size, tp_size) for size in sizes], repeat)
+    fused = sub_parameters((experts, parts, -1), 1, full.shape, 0)
+    layout = Layout.cut(full.shape, 0, tp_size, [even_widths(size, tp_size) for size in fused.sizes], fused.repeat)
     for rank in range(tp_size):
         want = full.view(experts, parts, width, 2).chunk(tp_size, 2)[rank].reshape(-1, 2)
+        assert torch.equal(layout.shard(full, rank), want)
+
+
+# -- sub-parameters of any fused parameter ----------------------------------------------------------------------------
+
+
+def cut_fused(fused: Fused, full: Tensor, dim: int, tp_size: int) -> Layout:
+    widths = [even_widths(size, tp_size, fused.unit) for size in fused.sizes]
+    return Layout.cut(full.shape, dim, tp_size, widths, fused.repeat)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut_dim", "parameter", "want"),
+    [
+        # parts one behind the other, along any dim
+        ((-1, 2, -1), 1, (3, 12, 5), Fused((6, 6))),
+        ((3, 2, 5), 1, (3, 12, 5), Fused((6, 6))),
+        ((-1, (8, 4), -1), 1, (3, 12, 5), Fused((8, 4))),
+        ((-1, -1, -1), 1, (3, 12, 5), Fused((12,))),
+        ((-1, -1, 4), 2, (3, 5, 12), Fused((3, 3, 3, 3))),
+        ((3, -1, -1), 0, (6, 5, 2), Fused((2, 2, 2))),
+        ((2,), 0, (12,), Fused((6, 6))),
+        # runs that stay together: gate and up of each feature side by side
+        ((-1, -1, -1, 2), 2, (3, 5, 12), Fused((12,), unit=2)),
+        ((-1, -1, 2), 1, (3, 12), Fused((12,), unit=2)),
+        ((-1, -1, 2, 3), 1, (3, 12), Fused((12,), unit=6)),
+        ((-1, 2, 3, -1), 1, (3, 12, 5), Fused((6, 6), unit=3)),
+        ((-1, (1, 3), 3, -1), 1, (3, 12, 5), Fused((3, 9), unit=3)),
+    ],
+)
+def test_fused_parameter(shape: Any, cut_dim: int, parameter: tuple[int, ...], want: Fused) -> None:
+    fused = fused_parameter(shape, cut_dim, parameter)
+    assert fused == want
+    assert sum(fused.sizes) * fused.repeat == parameter[cut_dim]
+    assert all(size % fused.unit == 0 for size in fused.sizes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut_dim", "message"),
+    [
+        ((2, -1), 0, r"^shape: \(2, -1\) cut along its dim 0 is no view of a parameter \[3, 12, 5\]"),
+        ((-1, -1, -1, 5), 3, r"^shape: .* cut along its dim 3 is no view of a parameter \[3, 12, 5\]"),
+        ((4, 2, -1), 1, r"^shape: \(4, 2, -1\) is no view of a parameter \[3, 12, 5\]"),
+        ((-1, 2, 6), 1, r"^shape: \(-1, 2, 6\) is no view of a parameter"),
+        ((-1, 5, -1), 1, r"^shape: 12 features do not divide into 5 equal sub-parameters"),
+        ((-1, (8, 2), -1), 1, r"^shape: the sub-parameters \(8, 2\) add up to 10, but .* 12"),
+        ((-1, -1, 5, -1), 1, r"^shape: 12 features do not divide into runs of 5"),
+        ((-1, (2, 2), 4, -1), 1, r"^shape: the sub-parameters \(2, 2\) add up to 4, but .* 3"),
+        ((-1, -1, -1, -1), 1, r"^shape: \(-1, -1, -1, -1\) is no view of a parameter"),
+    ],
+)
+def test_view_that_a_parameter_does_not_have_is_refused(shape: Any, cut_dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fused_parameter(shape, cut_dim, (3, 12, 5))
+
+
+@properties
+@given(
+    dim=st.integers(0, 2), parts=st.integers(1, 3), width=st.integers(1, 3), run=st.integers(1, 3), tp=st.integers(1, 4)
+)
+def test_parts_of_a_parameter_are_cut_in_whole_runs(dim: int, parts: int, width: int, run: int, tp: int) -> None:
+    shape: list[Any] = [2, 3, 4]
+    shape[dim] = parts * width * tp * run
+    full = numbered(tuple(shape))
+    view: list[Any] = [-1, -1, -1]
+    view[dim] = parts
+    if run > 1:
+        view.insert(dim + 1, run)
+    layout = cut_fused(fused_parameter(tuple(view), dim, full.shape), full, dim, tp)
+    for rank in range(tp):
+        runs = full.movedim(dim, 0).reshape(parts, width * tp, run, -1).chunk(tp, 1)[rank]
+        want = runs.reshape(-1, *full.movedim(dim, 0).shape[1:]).movedim(0, dim)
         assert torch.equal(layout.shard(full, rank), want)

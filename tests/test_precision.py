@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_autotp import AutoTPStrategy
+from lightning_autotp import AutoTPStrategy, TPTrainingConfig
+from lightning_autotp.apply import Sharded, apply_plan, sharded
+from lightning_autotp.gradients import TPGradients
+from lightning_autotp.mesh import build_mesh
+from lightning_autotp.planner import make_plan
 from tests.closeness import relative_errors
 from tests.models import quiet_trainer
+from tests.rank_pool import rank_device
 from tests.sharded_runs import (
     RecordedModel,
     assert_replicas_equal,
@@ -21,6 +26,7 @@ from tests.sharded_runs import (
     sharded_run,
 )
 from tests.test_parity_fit import CASES
+from tests.test_parity_presets import Steps, build, parts, train
 
 RATIO = 1.5
 """How much larger than the unsharded low-precision run's own error, against fp32, the sharded run's may be."""
@@ -61,6 +67,52 @@ def check(case: str, tp_size: int, **strategy: Any) -> None:
         print(f"{measure.__name__}: {error:.5f}, unsharded {own_error:.5f}, ratio {error / own_error:.2f}")
         assert 0 < own_error < 0.1 and error <= RATIO * own_error, f"{measure.__name__}: {error} against {own_error}"
     assert_replicas_equal(model)
+
+
+PRESETS = ["llama", "qwen3", "mixtral", "deepseek_v2", "phi3", "gpt_oss"]
+
+
+def check_preset(case: str, tp_size: int, overlap: bool) -> None:
+    """A preset's model in bfloat16: one step's gradients and the weights after it, against the fp32 run."""
+
+    def steps(model: nn.Module, dtype: torch.dtype, found: Sharded | None = None) -> Steps:
+        return train(model.to(dtype), batches, TPGradients(model, found) if found is not None else None)
+
+    model, batches = build(case)
+    batches = batches[:1]
+    exact = steps(build(case)[0], torch.float32)
+    unsharded = steps(build(case)[0], torch.bfloat16)
+    plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size))
+    mesh = build_mesh(tp_size, TPTrainingConfig().tensor_parallel)
+    apply_plan(model, plan, mesh, rank_device(), overlap=overlap)
+    got = steps(model, torch.bfloat16, sharded(model))
+    for measure, ours, own, want in (
+        (mean_error, got.gradients[0], unsharded.gradients[0], exact.gradients[0]),
+        (whole_error, got.gradients[0], unsharded.gradients[0], exact.gradients[0]),
+        (whole_error, got.weights, unsharded.weights, exact.weights),
+    ):
+        reference = parts(plan, mesh.tp_rank, want)
+        own_error = measure(parts(plan, mesh.tp_rank, own), reference)
+        error = measure(ours, reference)
+        print(f"{case} {measure.__name__}: {error:.5f}, unsharded {own_error:.5f}, ratio {error / own_error:.2f}")
+        assert 0 < own_error < 0.2 and error <= RATIO * own_error, f"{measure.__name__}: {error} against {own_error}"
+    for name, layout in plan.layouts.items():
+        if layout.is_replicated:
+            first = got.weights[name].clone()
+            dist.broadcast(first, src=0)
+            assert torch.equal(got.weights[name], first), f"{name} is not bit-equal to rank 0's"
+
+
+@pytest.mark.parametrize("case", PRESETS)
+@pytest.mark.ranks(2)
+def test_bf16_preset_tp2(case: str) -> None:
+    check_preset(case, 2, overlap=True)
+
+
+@pytest.mark.parametrize("case", PRESETS)
+@pytest.mark.ranks(4)
+def test_bf16_preset_tp4(case: str) -> None:
+    check_preset(case, 4, overlap=False)
 
 
 @pytest.mark.parametrize("case", CASES)

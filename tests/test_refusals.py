@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
 from lightning_autotp.agreement import DisagreementError
+from lightning_autotp.verification.small import small_config, small_model
 from tests.closeness import assert_close
 from tests.models import LanguageModel, quiet_trainer, tiny_llama, token_loader
 from tests.small_nets import WIDTH, Net, Regressor, Rows, parts_of, plugin_of, strategy, trainer, unsharded, weights
@@ -251,9 +252,25 @@ def test_blocks_in_a_list_are_compared_in_an_evaluation() -> None:
         trainer(strategy(2)).validate(ListOfBlocks(), DataLoader(Rows(4), batch_size=2), verbose=False)
 
 
-@pytest.mark.ranks(4)
+def interleaved_bigcode() -> nn.Module:
+    """Its c_attn holds the parts of each head one behind the other, which the preset would cut across."""
+    config = small_config("gpt_bigcode")
+    config.multi_query = False
+    return small_model(config)
+
+
+@pytest.mark.ranks(2)
 def test_setup_refuses_what_a_plan_can_only_show() -> None:
+    model = LanguageModel(interleaved_bigcode)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"cannot be sharded exactly.*c_attn.*`multi_query` false"):
+        quiet_trainer(strategy=AutoTPStrategy(autotp_size=2)).fit(model, token_loader())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items()), "and leaves the model"
+
+
+@pytest.mark.ranks(4)
+def test_key_heads_fewer_than_the_ranks_are_no_longer_refused() -> None:
     model = LanguageModel(tiny_llama, kv_heads=2)
-    with pytest.raises(ValueError, match=r"cannot be sharded exactly.*k_proj.*2 key and value heads are fewer than 4"):
-        quiet_trainer(strategy=AutoTPStrategy(autotp_size=4)).fit(model, token_loader())
-    assert model.get_parameter("model.model.layers.0.self_attn.q_proj.weight").shape == (64, 64)
+    quiet_trainer(strategy=AutoTPStrategy(autotp_size=4), max_steps=1).fit(model, token_loader())
+    shapes = [model.get_parameter(f"model.model.layers.0.self_attn.{n}_proj.weight").shape for n in "qkv"]
+    assert shapes == [(16, 64), (8, 64), (8, 64)]

@@ -41,7 +41,10 @@ def test_defaults_of_a_rule() -> None:
         partition_dim=None,
         model_types=None,
         gather_output=False,
+        split_input=False,
         grad_allreduce=False,
+        partial_outputs=None,
+        boundary=False,
     )
 
 
@@ -100,6 +103,33 @@ def test_tuples_of_patterns_become_lists() -> None:
         ({"partition_type": "skip", "gather_output": True}, r"^gather_output: only a column rule .* this one is skip"),
         ({"grad_allreduce": True}, r"^grad_allreduce: .* partition_type 'skip', this rule is column"),
         ({"partition_type": "row", "grad_allreduce": True}, r"^grad_allreduce: .* 'skip', this rule is row"),
+        ({"split_input": "yes"}, r"^split_input: 'yes' is not true or false"),
+        ({"partition_type": "row", "split_input": 1}, r"^split_input: 1 is not true or false"),
+        ({"split_input": True}, r"^split_input: only a row rule has an input to split, this one is column"),
+        ({"partition_type": "skip", "split_input": True}, r"^split_input: only a row rule .* this one is skip"),
+        ({"boundary": None}, r"^boundary: None is not true or false"),
+        ({"boundary": True}, r"^boundary: a rule with it names modules, .* use partition_type 'skip'"),
+        (
+            {"partition_type": "row", "boundary": True},
+            r"^boundary: .*use partition_type 'skip', and rules of their own",
+        ),
+        (
+            {"partition_type": "skip", "boundary": True, "grad_allreduce": True},
+            r"^boundary: .* cuts nothing itself and has no other flag",
+        ),
+        (
+            {"partition_type": "skip", "boundary": True, "partial_outputs": 8},
+            r"^boundary: .* cuts nothing itself and has no other flag",
+        ),
+        ({"partial_outputs": 8}, r"^partial_outputs: it goes with partition_type 'skip', this rule is column"),
+        ({"partition_type": "row", "partial_outputs": "x"}, r"^partial_outputs: .*'skip', this rule is row"),
+        ({"partition_type": "skip", "partial_outputs": ""}, r"^partial_outputs: '' is neither a number"),
+        ({"partition_type": "skip", "partial_outputs": 8, "grad_allreduce": True}, r"^partial_outputs: .*leave one"),
+        ({"partition_type": "skip", "partial_outputs": 0}, r"^partial_outputs: 0 is neither a number .* nor the name"),
+        ({"partition_type": "skip", "partial_outputs": -1}, r"^partial_outputs: -1 is neither"),
+        ({"partition_type": "skip", "partial_outputs": True}, r"^partial_outputs: True is neither"),
+        ({"partition_type": "skip", "partial_outputs": 2.0}, r"^partial_outputs: 2.0 is neither"),
+        ({"partition_type": "skip", "partial_outputs": [8]}, r"^partial_outputs: \[8\] is neither"),
         ({"partition_dim": "0"}, r"^partition_dim: '0' is not a whole number"),
         ({"partition_dim": True}, r"^partition_dim: True is not a whole number"),
         ({"partition_dim": 0.0, "shape": (2, -1)}, r"^partition_dim: 0.0 is not a whole number"),
@@ -146,6 +176,25 @@ def test_bad_rule_is_refused_by_the_name_of_its_field(options: dict[str, Any], m
 def test_bad_mapping_of_a_rule_is_refused(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TPLayerSpec.from_dict(given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("row", {"split_input": True}),
+        ("column", {"gather_output": True}),
+        ("skip", {"grad_allreduce": True}),
+        ("skip", {"partial_outputs": 8}),
+        ("skip", {"partial_outputs": "qk_rope_head_dim"}),
+        ("skip", {"boundary": True}),
+        ("row", {"shape": (-1, -1, -1), "partition_dim": 1}),
+        ("column", {"shape": (-1, -1, -1, 2), "partition_dim": 2}),
+    ],
+)
+def test_what_goes_together_is_kept(kind: str, options: dict[str, Any]) -> None:
+    rule = TPLayerSpec.from_dict({"patterns": ["a"], "partition_type": kind, **options})
+    assert rule.partition_type is PartitionType(kind)
+    assert {name: getattr(rule, name) for name in options} == options
 
 
 def test_a_rule_cannot_be_changed_behind_its_checks() -> None:

@@ -84,6 +84,51 @@ class _GatherOutput(torch.autograd.Function):
         return torch.cat(pieces, -1), None, None
 
 
+class _SplitInput(torch.autograd.Function):
+    """Forward: this rank's part of ``[..., K]``. Backward: all-gather of the parts of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+        ctx.last = Layout(tuple(x.shape), layout.tp_size, x.ndim - 1, layout.parts)
+        ctx.mesh = mesh
+        return ctx.last.shard(x, mesh.tp_rank)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return gather_parts(grads[0], ctx.last, ctx.mesh), None, None
+
+
+class _CopyInput(torch.autograd.Function):
+    """Forward: ``x`` as it is. Backward: all-reduce of the gradient, of its last ``count`` features or (0) of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, group: ProcessGroup) -> Tensor:
+        ctx.count, ctx.group = count, group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        grad = grads[0]
+        if not ctx.count:
+            return all_reduced(grad.clone(), ctx.group), None, None
+        whole, partial = grad.split([grad.shape[-1] - ctx.count, ctx.count], -1)
+        return torch.cat([whole, all_reduced(partial.contiguous(), ctx.group)], -1), None, None
+
+
+class _AddedOnce(torch.autograd.Function):
+    """Forward: ``x`` on the first rank, zeros on the others. Backward: the gradient as it is, which all ranks share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        return x.clone() if mesh.tp_rank == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 def reduce_output(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum partial outputs ``[..., N]`` over the tensor parallel ranks (row parallel, vocabulary parallel).
 
@@ -101,3 +146,24 @@ def gather_output(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     """
     gathered: Tensor = _GatherOutput.apply(x, layout, mesh)
     return gathered
+
+
+def split_input(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+    """This rank's part ``[..., K_r]`` of ``x`` ``[..., K]``, which all ranks share; its gradient is gathered."""
+    part: Tensor = _SplitInput.apply(x, layout, mesh)
+    return part
+
+
+def copy_input(x: Tensor, mesh: Mesh, count: int = 0) -> Tensor:
+    """``x``, whose gradient (or that of its last ``count`` features) is a sum over the tensor parallel ranks.
+
+    Source: Megatron-LM (arXiv:1909.08053), section 3, ``f``.
+    """
+    copied: Tensor = _CopyInput.apply(x, count, mesh.tp_group)
+    return copied
+
+
+def added_once(x: Tensor, mesh: Mesh) -> Tensor:
+    """What this rank adds of ``x``, so that the sum over the ranks has it once; ``x`` gets the whole gradient."""
+    added: Tensor = _AddedOnce.apply(x, mesh)
+    return added

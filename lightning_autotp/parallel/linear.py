@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup
 
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
-from lightning_autotp.parallel.collectives import all_reduced, gather_output, reduce_output
+from lightning_autotp.parallel.collectives import all_reduced, copy_input, gather_output, reduce_output, split_input
+from lightning_autotp.reading import delegates
 
 _RIDE = "_autotp_columns"
 """The attribute of an input tensor on which results wait while ``torch.compile`` traces."""
@@ -85,7 +86,7 @@ class ColumnGroup:
     compute the same again. A miss costs a collective, never correctness.
     """
 
-    def __init__(self, members: list["ColumnParallelLinear"]) -> None:
+    def __init__(self, members: list["ColumnParallel"]) -> None:
         self.members = members
         self.company = [0] * len(members)  # members with one number are computed together
         self.leaving: set[int] = set()
@@ -139,13 +140,13 @@ class ColumnGroup:
     def _compute(self, place: int, x: Tensor, columns: Optional["ColumnGroup"]) -> dict[int, Tensor]:
         places = [other for other, company in enumerate(self.company) if company == self.company[place]]
         members = [self.members[other] for other in places]
-        weights = [m.weight for m in members]
+        weights = [m.matrix for m in members]
         biases = [m.bias for m in members]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             weights = [w.to(dtype) for w in weights]
-            biases = [None if b is None else b.to(dtype) for b in biases]  # type: ignore[misc]
+            biases = [None if b is None else b.to(dtype) for b in biases]
         first = members[0]
         outputs = _ColumnLinears.apply(x, columns, first.mesh.tp_group, first.overlap, len(members), *weights, *biases)
         return dict(zip(places, outputs))
@@ -157,10 +158,10 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     return x._version, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-class ColumnParallelLinear(nn.Linear):
-    """``nn.Linear`` cut along its output features: ``[..., K]`` whole -> ``[..., N_r]``, or ``[..., N]`` gathered.
+class ColumnParallel(nn.Module):
+    """A linear cut along its output features: ``[..., K]`` whole -> ``[..., N_r]``, or ``[..., N]`` gathered.
 
-    ``in_features`` and ``out_features`` stay those of the full layer. Made by :meth:`convert`, never constructed.
+    Made by :meth:`convert`, never constructed.
     """
 
     mesh: Mesh
@@ -169,21 +170,26 @@ class ColumnParallelLinear(nn.Linear):
     gathers: bool
     group: ColumnGroup
     place: int
+    weight: Any
+    bias: Any
 
-    @staticmethod
-    def convert(
-        module: nn.Linear, mesh: Mesh, layout: Layout, *, overlap: bool, gather: bool
-    ) -> "ColumnParallelLinear":
+    @classmethod
+    def convert(cls, module: nn.Module, mesh: Mesh, layout: Layout, *, overlap: bool, gather: bool) -> "ColumnParallel":
         """Change ``module`` in place; its parameters must already be this rank's parts."""
-        converted: ColumnParallelLinear = become(module, ColumnParallelLinear, mesh, layout)
+        converted: Any = become(module, cls, mesh, layout)
         converted.overlap, converted.gathers = overlap, gather
         return converted
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[N_r, K]``."""
+        return self.weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         if torch.is_grad_enabled() and input.requires_grad:
             output = self.group(self.place, input)
         else:
-            output = F.linear(input, self.weight, self.bias)
+            output = F.linear(input, self.matrix, self.bias)
         return gather_output(output, self.layout, self.mesh) if self.gathers else output
 
     def extra_repr(self) -> str:
@@ -191,33 +197,89 @@ class ColumnParallelLinear(nn.Linear):
         return f"{super().extra_repr()}, column parallel {self.mesh.tp_rank}/{self.mesh.tp_size}{gathered}"
 
 
-class RowParallelLinear(nn.Linear):
-    """``nn.Linear`` cut along its input features: ``[..., K_r]`` -> ``[..., N]``, summed over the ranks.
+class ColumnParallelLinear(ColumnParallel, nn.Linear):
+    """``nn.Linear`` cut along its output features; ``in_features`` and ``out_features`` stay those of the full one."""
 
-    The bias is whole on every rank and added once, after the sum. Made by :meth:`convert`, never constructed.
+
+class ColumnParallelConv1D(ColumnParallel):
+    """transformers' ``Conv1D``, whose weight is ``[in, out]``, cut along its output features."""
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.t()
+
+
+class RowParallel(nn.Module):
+    """A linear cut along its input features: ``[..., K_r]`` -> ``[..., N]``, summed over the ranks.
+
+    The bias is whole on every rank and added once, after the sum. With ``splits`` the input comes whole, ``[..., K]``.
+    Made by :meth:`convert`, never constructed.
     """
 
     mesh: Mesh
     layout: Layout
+    splits: bool
+    weight: Any
+    bias: Any
 
-    @staticmethod
-    def convert(module: nn.Linear, mesh: Mesh, layout: Layout) -> "RowParallelLinear":
+    @classmethod
+    def convert(cls, module: nn.Module, mesh: Mesh, layout: Layout, *, split: bool = False) -> "RowParallel":
         """Change ``module`` in place; its weight must already be this rank's part."""
-        converted: RowParallelLinear = become(module, RowParallelLinear, mesh, layout)
+        converted: Any = become(module, cls, mesh, layout)
+        converted.splits = split
         return converted
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[N, K_r]``."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
-        if input.shape[-1] != self.weight.shape[1]:
+        weight = self.matrix
+        if self.splits:
+            input = split_input(input, self.layout, self.mesh)  # noqa: A001
+        elif input.shape[-1] != weight.shape[1]:
             raise ValueError(
-                f"a row parallel linear of {self.in_features} input features got {input.shape[-1]} of them on tensor"
-                f" parallel rank {self.mesh.tp_rank}, where its part is {self.weight.shape[1]}: the layers before it"
-                " must be cut by column rules that match this row rule."
+                f"a row parallel linear of {self.layout.shape[self.layout.dim or 0]} input features got"
+                f" {input.shape[-1]} of them on tensor parallel rank {self.mesh.tp_rank}, where its part is"
+                f" {weight.shape[1]}: the layers before it must be cut by column rules that match this row rule."
             )
-        output = reduce_output(F.linear(input, self.weight), self.mesh)
+        output = reduce_output(F.linear(input, weight), self.mesh)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, row parallel {self.mesh.tp_rank}/{self.mesh.tp_size}"
+        split = ", split_input" if self.splits else ""
+        return f"{super().extra_repr()}, row parallel {self.mesh.tp_rank}/{self.mesh.tp_size}{split}"
+
+
+class RowParallelLinear(RowParallel, nn.Linear):
+    """``nn.Linear`` cut along its input features; ``in_features`` and ``out_features`` stay those of the full one."""
+
+
+class RowParallelConv1D(RowParallel):
+    """transformers' ``Conv1D``, whose weight is ``[in, out]``, cut along its input features."""
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.t()
+
+
+class PartialOutputLinear(nn.Linear):
+    """A whole ``nn.Linear`` whose last ``count`` output features feed cut heads: their gradient is all-reduced."""
+
+    mesh: Mesh
+    layout: Layout
+    count: int
+
+    @classmethod
+    def convert(cls, module: nn.Module, mesh: Mesh, layout: Layout, count: int) -> "PartialOutputLinear":
+        """Change ``module`` in place."""
+        converted: PartialOutputLinear = become(module, cls, mesh, layout)
+        converted.count = count
+        return converted
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        return copy_input(super().forward(input), self.mesh, self.count)
 
 
 def become(module: nn.Module, base: type[nn.Module], mesh: Mesh, layout: Layout) -> Any:
@@ -231,4 +293,6 @@ def become(module: nn.Module, base: type[nn.Module], mesh: Mesh, layout: Layout)
 def _joined_class(base: Any, own: Any) -> Any:
     if own in base.__mro__:
         return base
-    return type(f"{base.__name__}{own.__name__}", (base, own), {"__doc__": own.__doc__})
+    # a forward of its own that only works on what the base class returns (a scaled embedding) stays in front
+    bases = (own, base) if delegates(own) else (base, own)
+    return type(f"{base.__name__}{own.__name__}", bases, {"__doc__": own.__doc__})

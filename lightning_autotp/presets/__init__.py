@@ -3,12 +3,64 @@
 from dataclasses import replace
 from typing import Any, Optional
 
-from lightning_autotp.presets import bloom, chatglm, deepseek_v2, llama, mixtral, phi3, qwen2
+from lightning_autotp.presets import (
+    bert,
+    bloom,
+    chatglm,
+    deepseek_v2,
+    falcon,
+    gemma,
+    glm4_moe,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gpt_oss,
+    gptj,
+    llama,
+    mixtral,
+    mpt,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    starcoder2,
+    t5,
+    vit,
+)
+from lightning_autotp.presets.completions import COMPLETIONS
 from lightning_autotp.presets.heads import Heads
 from lightning_autotp.presets.preset import Preset
 from lightning_autotp.specs import AutoTPConfig, Shape, TPLayerSpec, nearest
 
-_PRESETS = {module.PRESET.name: module.PRESET for module in (llama, bloom, chatglm, mixtral, deepseek_v2, qwen2, phi3)}
+_FAMILIES = (
+    llama,
+    bloom,
+    chatglm,
+    mixtral,
+    deepseek_v2,
+    qwen2,
+    phi3,
+    qwen3,
+    qwen3_moe,
+    gemma,
+    gpt_neox,
+    gpt2,
+    gpt_bigcode,
+    gptj,
+    opt,
+    falcon,
+    mpt,
+    starcoder2,
+    olmo2,
+    glm4_moe,
+    gpt_oss,
+    t5,
+    bert,
+    vit,
+)
+_PRESETS = {preset.name: preset for preset in (*(module.PRESET for module in _FAMILIES), *COMPLETIONS)}
 
 
 class AutoTPPresets:

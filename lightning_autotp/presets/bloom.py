@@ -1,6 +1,9 @@
-"""Bloom: query_key_value is interleaved by heads, so that a plain cut in whole heads keeps each head's q, k and v."""
+"""Bloom: query_key_value is interleaved by heads, so that a plain cut in whole heads keeps each head's q, k and v.
 
-from lightning_autotp.presets.preset import Preset, column, row
+ALiBi's slopes are built for all heads of the model; each rank takes those of its own.
+"""
+
+from lightning_autotp.presets.preset import HeadArgument, Preset, column, row
 from lightning_autotp.specs import AutoTPConfig
 
 PRESET = Preset(
@@ -15,7 +18,5 @@ PRESET = Preset(
             column("lm_head", gather_output=True),
         ]
     ),
-    inexact={
-        "bloom": "its ALiBi slopes are built for all heads, and each rank must take the slopes of its own heads only"
-    },
+    head_arguments=(HeadArgument(r".*self_attention$", "alibi", dim=0, batched=True),),
 )

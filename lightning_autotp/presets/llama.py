@@ -3,4 +3,8 @@
 from lightning_autotp.presets.preset import ATTENTION, GATED_MLP, VOCABULARY, Preset
 from lightning_autotp.specs import AutoTPConfig
 
-PRESET = Preset("llama", ("llama", "mistral", "granite"), AutoTPConfig([*ATTENTION, *GATED_MLP, *VOCABULARY]))
+PRESET = Preset(
+    "llama",
+    ("llama", "mistral", "ministral", "granite", "stablelm"),
+    AutoTPConfig([*ATTENTION, *GATED_MLP, *VOCABULARY]),
+)

@@ -1,9 +1,6 @@
-"""Mixtral: attention as in Llama, experts by their per-expert names; the router stays whole.
+"""Mixtral: attention as in Llama; experts as 3-D parameters, or one by one by their older names; the router whole."""
 
-Experts that are stored as one 3-D parameter stay whole: the run is exact, but only the attention is cut.
-"""
-
-from lightning_autotp.presets.preset import ATTENTION, VOCABULARY, Preset, column, row, skip
+from lightning_autotp.presets.preset import ATTENTION, EXPERTS, VOCABULARY, Preset, column, row, skip
 from lightning_autotp.specs import AutoTPConfig
 
 PRESET = Preset(
@@ -12,9 +9,10 @@ PRESET = Preset(
     AutoTPConfig(
         [
             *ATTENTION,
+            *EXPERTS,
             column(r"block_sparse_moe\.experts\.\d+\.w[13]"),
             row(r"block_sparse_moe\.experts\.\d+\.w2"),
-            skip(r"block_sparse_moe\.gate", r"mlp\.gate"),
+            skip(r"block_sparse_moe\.gate"),
             *VOCABULARY,
         ]
     ),

@@ -5,7 +5,7 @@ from lightning_autotp.specs import AutoTPConfig
 
 PRESET = Preset(
     "phi3",
-    ("phi3",),
+    ("phi3", "phi4_multimodal"),
     AutoTPConfig(
         [
             column(r"self_attn\.qkv_proj", shape=(("q", "kv", "kv"), -1)),
@@ -15,7 +15,4 @@ PRESET = Preset(
             *VOCABULARY,
         ]
     ),
-    inexact={
-        "phi3": "its attention splits the fused projection by the head counts of its config, which are the full ones"
-    },
 )

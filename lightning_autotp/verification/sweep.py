@@ -1,0 +1,189 @@
+"""``lightning-autotp verify``: one model in detail, or many in a table."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from lightning_autotp.config import TPTrainingConfig
+from lightning_autotp.verification.errors import TOLERANCE
+from lightning_autotp.verification.pool import Pool
+from lightning_autotp.verification.report import Report
+from lightning_autotp.verification.verify import verify
+
+REFUSALS = 5
+"""More refused model types than this are a failure of a sweep."""
+
+_MARKERS = "<!-- sweep -->", "<!-- /sweep -->"
+_NOTE = 160
+
+
+def main(args: Optional[Sequence[str]] = None) -> int:
+    """Run the subcommand; returns the exit status: 0 if every plan gives the unsharded numbers.
+
+    A sweep passes over what does not run unsharded, and bears a few refusals.
+    """
+    options = _parser().parse_args(args)
+    sys.path.insert(0, os.getcwd())  # for module:factory, as python -m would
+    sizes: list[int] = options.tp or ([2] if options.sweep is None else [2, 4])
+    settings = {
+        "config": _config(options),
+        "steps": options.steps,
+        "tolerance": options.tolerance,
+        "kv_heads": options.kv_heads,
+        "timeout": options.timeout,
+    }
+    models = options.models + [name for name in options.model_types.split(",") if name]
+    with Pool() as pool:
+        if options.sweep is None:
+            if not models:
+                _parser().error("name a model, or give --sweep")
+            passed = True
+            for model in models:
+                for size in sizes:
+                    report = verify(model, size, pool=pool, **settings)
+                    print(report, flush=True)
+                    passed &= report.verdict == "pass"
+            return 0 if passed else 1
+        return _sweep(options.sweep + models, sizes, settings, pool, options)
+
+
+def sweep(types: Iterable[str], sizes: Sequence[int], pool: Pool, **settings: Any) -> dict[str, list[Report]]:
+    """The reports of every model type, one a tensor parallel size; a line is printed as each type is done.
+
+    A type that is known not to run unsharded has reports that say so.
+    """
+    from lightning_autotp.verification.small import NOT_RUNNABLE
+
+    found: dict[str, list[Report]] = {}
+    for name in dict.fromkeys(types):
+        if name in NOT_RUNNABLE:
+            found[name] = [Report(name, size, "error", message=NOT_RUNNABLE[name], unsharded=True) for size in sizes]
+        else:
+            found[name] = [verify(name, size, pool=pool, **settings) for size in sizes]
+        seconds = sum(report.seconds for report in found[name])
+        cells = ", ".join(f"TP={report.tp_size} {_cell(report)}" for report in found[name])
+        print(f"{name}: {cells} ({seconds:.1f} s) {_note(found[name])}".rstrip(), flush=True)
+    return found
+
+
+def table(found: dict[str, list[Report]]) -> str:
+    """A markdown table, and a line that counts."""
+    sizes = [report.tp_size for report in next(iter(found.values()), [])]
+    first = f"parameters a rank (TP={sizes[0]})" if sizes else "parameters a rank"
+    heading = ["model type", *(f"TP={size}" for size in sizes), first, "note"]
+    lines = [heading, ["---"] * len(heading)]
+    for name, reports in found.items():
+        share = f"{reports[0].share:.0%}" if reports[0].rows else ""
+        lines.append([f"`{name}`", *map(_cell, reports), share, _note(reports).replace("|", r"\|")])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{summary(found)}\n"
+
+
+def summary(found: dict[str, list[Report]]) -> str:
+    """How many model types there are of each kind."""
+    kinds = [_kind(reports) for reports in found.values()]
+    counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
+    return f"{len(kinds)} model types: {', '.join(counts)}."
+
+
+def _sweep(names: list[str], sizes: list[int], settings: dict[str, Any], pool: Pool, options: Any) -> int:
+    from lightning_autotp.verification.small import SWEEP, causal_types
+
+    readme = None if options.write_readme is None else Path(options.write_readme)
+    if readme is not None:
+        _between_markers(readme.read_text(), "")  # or a missing marker would be found out after the work
+    found = sweep(names or [*causal_types(), *SWEEP], sizes, pool, **settings)
+    written = table(found)
+    if options.table is not None:
+        Path(options.table).write_text(written)
+    if readme is not None:
+        readme.write_text(_between_markers(readme.read_text(), written))
+    print(f"\n{written}", end="")
+    kinds = [_kind(reports) for reports in found.values()]
+    return 1 if {"fail", "error"} & set(kinds) or kinds.count("refused") > REFUSALS else 0
+
+
+def _between_markers(text: str, written: str) -> str:
+    start, end = _MARKERS
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise SystemExit(f"verify: the file must have one {start} and, behind it, one {end}.")
+    return f"{text[: text.index(start)]}{start}\n\n{written}\n{text[text.index(end) :]}"
+
+
+def _kind(reports: Sequence[Report]) -> str:
+    """The worst verdict of a model type."""
+    if any(report.unsharded for report in reports):
+        return "not run"
+    verdicts = [report.verdict for report in reports]
+    return next((kind for kind in ("error", "fail", "refused") if kind in verdicts), "pass")
+
+
+def _cell(report: Report) -> str:
+    if report.unsharded:
+        return "not run"
+    return f"fail, {report.failed[0].worst:.0e}" if report.failed else str(report.verdict)
+
+
+def _note(reports: Sequence[Report]) -> str:
+    """Why a type did not pass; for one that did, what is to be known of it."""
+    notes: dict[str, list[int]] = {}
+    for report in reports:
+        if report.unsharded:
+            note = f"does not run unsharded: {report.message}"
+        elif report.message:
+            note = report.message
+        elif report.failed:
+            row = report.failed[0]
+            note = f"{row.name} differs from step {row.since}"
+            note = f"the forward pass differs first in {report.forward}" if report.forward else note
+        elif report.verdict == "fail":
+            note = f"the loss differs by {report.loss:.0e}"
+        else:
+            note = " ".join(report.warnings)
+        note = " ".join(note.split())
+        if note:
+            notes.setdefault(note if len(note) <= _NOTE else f"{note[:_NOTE]}...", []).append(report.tp_size)
+    everywhere = len(notes) == 1 and len(next(iter(notes.values()))) == len(reports)
+    return "; ".join(note if everywhere else f"TP={'/'.join(map(str, at))}: {note}" for note, at in notes.items())
+
+
+def _config(options: Any) -> TPTrainingConfig:
+    given: dict[str, Any] = {}
+    if options.preset is not None:
+        given["preset_model"] = options.preset
+    if options.overlap:
+        given["tp_overlap_comm"] = True
+    if options.rules is None:
+        return TPTrainingConfig.load(given)
+    text = Path(options.rules).read_text()
+    document = json.loads(text) if re.search(r"\.json$", options.rules) else yaml.safe_load(text)
+    if isinstance(document, dict) and "layer_specs" in document:
+        return TPTrainingConfig.load({"partition_config": document, **given})
+    return TPTrainingConfig.load(options.rules, **given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-autotp verify",
+        description="Train a small model sharded over CPU processes, and whole: do loss, gradients and weights agree?",
+    )
+    parser.add_argument("models", nargs="*", help="Hugging Face model types, paths of a config.json, or module:factory")
+    parser.add_argument("--model-types", default="", metavar="A,B,C", help="more model types")
+    parser.add_argument("--tp", type=int, action="append", metavar="N", help="tensor parallel size; may be repeated")
+    parser.add_argument("--preset", metavar="NAME", help="preset_model")
+    parser.add_argument("--rules", metavar="FILE", help="YAML or JSON: a partition_config, or a whole config")
+    parser.add_argument("--overlap", action="store_true", help="tp_overlap_comm")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads of the small model (2)")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="bound on gradients and weights (1e-3)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a run may take (120)")
+    parser.add_argument("--sweep", nargs="*", metavar="TYPE", help="a table of these types; of all, without names")
+    parser.add_argument("--table", metavar="FILE", help="write the sweep's table, in markdown")
+    parser.add_argument("--write-readme", metavar="FILE", help=f"write it between {' and '.join(_MARKERS)} of a file")
+    return parser

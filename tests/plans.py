@@ -1,0 +1,142 @@
+"""Rules, models and short ways of asking for a plan, for the tests of what is decided."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_autotp import ShardingPlan, TPTrainingConfig, make_plan
+from lightning_autotp.plan import ParameterPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 65,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+BLOOM = {"num_hidden_layers": None, "n_layer": 2, "num_attention_heads": None, "n_head": 8, "num_key_value_heads": None}
+LATENT = {
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+}
+
+
+def hf(family: str, **options: Any) -> PreTrainedModel:
+    """A causal language model of transformers on the meta device; an option of None is left out of its config."""
+    import transformers
+
+    given = {name: value for name, value in (SMALL | options).items() if value is not None}
+    config = getattr(transformers, f"{family}Config")(**given)
+    with torch.device("meta"):
+        model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config)
+    return model
+
+
+def rule(kind: str, *names: str, **options: Any) -> dict[str, Any]:
+    return {"patterns": [rf"(?:.*\.)?{name}\.weight$" for name in names], "partition_type": kind, **options}
+
+
+def column(*names: str, **options: Any) -> dict[str, Any]:
+    return rule("column", *names, **options)
+
+
+def row(*names: str, **options: Any) -> dict[str, Any]:
+    return rule("row", *names, **options)
+
+
+def skip(*names: str, **options: Any) -> dict[str, Any]:
+    return rule("skip", *names, **options)
+
+
+def plan(
+    model: nn.Module, *rules: dict[str, Any], tp_size: int = 2, preset: str | None = None, **options: Any
+) -> ShardingPlan:
+    """The plan by the user's rules, its warnings kept off the screen (they are in the plan)."""
+    config = TPTrainingConfig(
+        autotp_size=tp_size,
+        preset_model=preset,
+        partition_config={"layer_specs": list(rules), **options} if rules or options else None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_plan(model, config)
+
+
+def module(**children: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict(children)
+
+
+def set_attributes(owner: nn.Module, **attributes: Any) -> None:
+    """What a class would set in its __init__."""
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+
+
+def mlp(hidden: int = 8, width: int = 16, bias: bool = True) -> nn.ModuleDict:
+    return module(fc1=nn.Linear(hidden, width, bias), fc2=nn.Linear(width, hidden, bias))
+
+
+MLP_RULES = (column("fc1"), row("fc2"))
+
+
+class Attention(nn.Module):
+    """Projections to heads of 8 features; ``attributes`` are what the module keeps of its head structure."""
+
+    def __init__(self, heads: int, kv_heads: int, bias: bool = False, **attributes: Any) -> None:
+        super().__init__()
+        hidden = heads * 8
+        self.q_proj = nn.Linear(hidden, hidden, bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * 8, bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * 8, bias)
+        self.o_proj = nn.Linear(hidden, hidden, bias)
+        set_attributes(self, **attributes)
+
+
+ATTENTION_RULES = (column("[qkv]_proj"), row("o_proj"))
+
+
+def widths(sharding: ShardingPlan, *names: str) -> list[tuple[int, ...]]:
+    return [sharding.parameters[name].layout.widths for name in names]
+
+
+def cut_names(sharding: ShardingPlan) -> set[str]:
+    """The weights that are cut, layer numbers folded."""
+    return {r.name for r in sharding.explain() if r.cut != "whole" and not r.name.endswith("bias")}
+
+
+def whole_names(sharding: ShardingPlan) -> set[str]:
+    return {r.name for r in sharding.explain() if r.cut == "whole"}
+
+
+def sources(sharding: ShardingPlan, names: Iterable[str]) -> list[str]:
+    return [sharding.parameters[name].source for name in names]
+
+
+def language_model(tied: bool = False, vocab: int = 65) -> nn.ModuleDict:
+    model = module(embed=nn.Embedding(vocab, 8), net=mlp(), head=nn.Linear(8, vocab, bias=False))
+    if tied:
+        model["head"].weight = model["embed"].weight
+    return model
+
+
+def parts_of(layout_owner: ParameterPlan, full: Tensor) -> list[Tensor]:
+    return [layout_owner.layout.shard(full, rank) for rank in range(layout_owner.layout.tp_size)]
