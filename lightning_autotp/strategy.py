@@ -55,6 +55,8 @@ class AutoTPStrategy(DDPStrategy):
         tensor_parallel: where the groups come from, see :class:`~lightning_autotp.TPConfig`.
         save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
             a plain Trainer reads (False).
+        exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
+            its adapters); a resumed run takes them from the model as it was built.
         check_agreement: compare the data, the loss and replicated gradients across tensor parallel ranks, once a run.
         process_group_backend: the backend of all groups; by default gloo on CPU and nccl on CUDA.
         timeout: how long a collective may wait for its peers.
@@ -81,6 +83,7 @@ class AutoTPStrategy(DDPStrategy):
         preset_model: Optional[str] = None,
         tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
         save_distributed_checkpoint: bool = True,
+        exclude_frozen_parameters: bool = False,
         check_agreement: bool = True,
         process_group_backend: Optional[str] = None,
         timeout: timedelta = default_pg_timeout,
@@ -112,6 +115,7 @@ class AutoTPStrategy(DDPStrategy):
             **others,
         )
         self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._exclude_frozen_parameters = exclude_frozen_parameters
         self._check_agreement = check_agreement
         self._all_devices = False
         self._mesh: Optional[Mesh] = None
@@ -436,6 +440,32 @@ class AutoTPStrategy(DDPStrategy):
 
     def _optimizer_names(self) -> list[list[str]]:
         return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        frozen = self._frozen()
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._exclude_frozen_parameters:
+            super().load_model_state_dict(checkpoint, strict=strict)
+            return
+        missing, unexpected = self._module.load_state_dict(checkpoint["state_dict"], strict=False)
+        lacking = [name for name in missing if name not in self._frozen()]
+        if strict and (lacking or unexpected):
+            raise RuntimeError(
+                f"the checkpoint lacks {', '.join(lacking[:5]) or 'nothing'}; tensors in it that the model does not"
+                f" know: {', '.join(unexpected[:5]) or 'none'}."
+            )
+
+    def _frozen(self) -> set[str]:
+        """The names, in a state dict, of the parameters that checkpoints leave out."""
+        if not self._exclude_frozen_parameters:
+            return set()
+        stored = self._module.state_dict(keep_vars=True)
+        return {name for name, p in stored.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
 
     @override
     def save_checkpoint(
