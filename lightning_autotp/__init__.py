@@ -1,6 +1,7 @@
 """Tensor parallel training in PyTorch Lightning: ``Trainer(strategy=AutoTPStrategy(autotp_size=4))``."""
 
 from lightning_autotp.config import TPConfig, TPTrainingConfig
+from lightning_autotp.loss import cross_entropy
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.presets import AutoTPPresets
@@ -17,6 +18,7 @@ __all__ = [
     "TPConfig",
     "TPLayerSpec",
     "TPTrainingConfig",
+    "cross_entropy",
     "make_plan",
     "merge_autotp_configs",
     "verify",

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -26,10 +25,10 @@ from lightning_autotp.parallel.linear import (
     RowParallelConv1D,
     RowParallelLinear,
 )
+from lightning_autotp.parallel.sequence import Batch, apply_sequence
 from lightning_autotp.plan import ShardingPlan
 
 _SHARDED = "_autotp_sharded"
-_OWN_CONFIG = "_autotp_own_config"
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ class Sharded:
     mesh: Mesh
     columns: tuple[ColumnGroup, ...]
     subgroups: Subgroups
+    batch: Batch
 
     def settle(self) -> None:
         """To be called between steps: column linears learn which of them share an input."""
+        self.batch.seen.clear()
         for group in self.columns:
             group.settle()
 
@@ -72,18 +73,35 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
         _set_local(model.get_submodule(attribute.module), attribute.name, attribute.local[mesh.tp_rank])
     for given in plan.head_inputs:
         take_own_heads(model.get_submodule(given.module), given, mesh.tp_rank)
+    batch = Batch()
+    if plan.sequence is not None:
+        batch = apply_sequence(model, plan.sequence, mesh, whole_routing=bool(plan.boundaries))
     _keep_off_fast_paths(model)
-    setattr(model, _SHARDED, Sharded(plan, mesh, columns, Subgroups.of(_owners(plan, mesh), mesh)))
+    setattr(model, _SHARDED, Sharded(plan, mesh, columns, Subgroups.of(_owners(plan, mesh), mesh), batch))
+
+
+class LocalConfig:
+    """A module's view of its model's config: some counts are this rank's, everything else is as it is there."""
+
+    def __init__(self, original: Any) -> None:
+        self.__dict__["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_original" not in self.__dict__:  # copying asks before there is anything
+            raise AttributeError(name)
+        return getattr(self._original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._original, name, value)
 
 
 def _set_local(module: nn.Module, name: str, value: int) -> None:
-    if name.startswith("config."):
-        if "config" not in module.__dict__ or not hasattr(module, _OWN_CONFIG):
-            module.config = copy(module.config)
-            setattr(module, _OWN_CONFIG, True)
-        setattr(module.config, name.removeprefix("config."), value)
-    else:
+    if not name.startswith("config."):
         setattr(module, name, value)
+        return
+    if not isinstance(module.config, LocalConfig):
+        module.config = LocalConfig(module.config)  # type: ignore[assignment]
+    vars(module.config)[name.removeprefix("config.")] = value
 
 
 def _owners(plan: ShardingPlan, mesh: Mesh) -> set[tuple[int, ...]]:
@@ -176,11 +194,14 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: bool) -> tuple[ColumnGroup, ...]:
     columns: dict[str, ColumnParallel] = {}
     done: set[int] = set()
+    regions = plan.sequence.regions if plan.sequence is not None else ()
+    module_reduces = {region.module: region.reduces for region in regions}
     for entry in plan.parameters.values():
         module = model.get_submodule(entry.module)
         if id(module) in done or not entry.name.endswith("weight"):
             continue
         done.add(id(module))
+        reduces = module_reduces.get(entry.module.rpartition(".")[0], False)
         if entry.partial_outputs:
             PartialOutputLinear.convert(module, mesh, entry.layout, entry.partial_outputs)
         elif entry.kind == "vocabulary":
@@ -191,11 +212,11 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: b
             continue
         elif entry.kind == "row":
             row = RowParallelConv1D if is_conv1d(module) else RowParallelLinear
-            row.convert(module, mesh, entry.layout, split=entry.split_input)
+            row.convert(module, mesh, entry.layout, split=entry.split_input, scatter=reduces)
         elif entry.kind == "column":
             column = ColumnParallelConv1D if is_conv1d(module) else ColumnParallelLinear
             columns[entry.module] = column.convert(
-                module, mesh, entry.layout, overlap=overlap, gather=entry.gather_output
+                module, mesh, entry.layout, overlap=overlap, gather=entry.gather_output, reduce=not reduces
             )
     groups = []
     for paths in plan.siblings:

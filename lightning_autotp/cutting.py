@@ -12,7 +12,7 @@ from lightning_autotp.layout import Fused, Interval, Layout, even_widths, fused_
 from lightning_autotp.plan import ParameterPlan, folded
 from lightning_autotp.presets import resolve_shape
 from lightning_autotp.presets.heads import Heads, role_of
-from lightning_autotp.reading import delegates
+from lightning_autotp.reading import delegates, passes_input
 from lightning_autotp.rules import Match, Matcher, clean_name
 from lightning_autotp.specs import PartitionType, TPLayerSpec
 
@@ -182,7 +182,8 @@ class Cutter:
         module = self.modules[path]
         is_row = spec.partition_type is PartitionType.ROW
         own = type(module).forward if is_conv1d(module) else nn.Linear.forward
-        _refuse_bypassed(module, own, where, whole_output=is_row or spec.gather_output)
+        whole_input = not is_row or spec.split_input
+        _refuse_bypassed(module, own, where, is_row or spec.gather_output, whole_input)
         if isinstance(self.modules[path.rpartition(".")[0]], nn.MultiheadAttention):
             raise ValueError(
                 f"{where}: nn.MultiheadAttention reads the weights of this layer without calling it, so it cannot be"
@@ -372,14 +373,23 @@ def _where(name: str, found: Match) -> str:
     return f"{name} (rule {found.pattern!r}, {found.spec.partition_type.value}, from {found.source})"
 
 
-def _refuse_bypassed(module: nn.Module, forward: object, where: str, whole_output: bool) -> None:
+def _refuse_bypassed(
+    module: nn.Module, forward: object, where: str, whole_output: bool, whole_input: bool = True
+) -> None:
     """Refuse a layer whose own class computes something else than its base does, or whose weight is computed.
 
-    A class that only works on what the base class returns (a scaled embedding) is fine where that is whole.
+    A class that only works on what the base class returns (a scaled embedding) is fine where that is whole, and where
+    what it is given is whole, too, or goes to the base class as it came.
     """
     own = type(module)
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{where}: the forward of this layer was replaced on the object, and a cut would go unseen by it; remove"
+            " what replaced it (hooks of other libraries do), or add a skip rule."
+        )
     same = own.forward is forward or own.__name__ in _PLAIN
-    if not same and not (whole_output and delegates(own)):
+    untouched = whole_input or passes_input(own)
+    if not same and not (whole_output and untouched and delegates(own)):
         raise ValueError(
             f"{where}: {type(module).__name__} has a forward of its own, which a cut would bypass; add a skip rule."
         )

@@ -83,7 +83,20 @@ class Layout:
             )
             for rank in range(tp_size)
         )
-        return cls(tuple(shape), tp_size, dim, tuple(_joined(part) for part in parts))
+        layout = cls(tuple(shape), tp_size, dim, tuple(_joined(part) for part in parts))
+        if not layout.overlaps:
+            return layout
+        # what ranks share must be the same intervals on all of them, as a checkpoint's chunks are
+        ends = sorted({at for part in layout.parts for start, length in part for at in (start, start + length)})
+        runs = (
+            (
+                (a, b - a)
+                for start, length in part
+                for a, b in pairwise(at for at in ends if start <= at <= start + length)
+            )
+            for part in layout.parts
+        )
+        return cls(tuple(shape), tp_size, dim, tuple(tuple(run) for run in runs))
 
     @property
     def is_replicated(self) -> bool:

@@ -29,7 +29,8 @@ def _of_module(
     path: str, module: nn.Module, known: Mapping[str, tuple[int, tuple[int, ...]]]
 ) -> Iterator[LocalAttribute]:
     for name, (full, local) in known.items():
-        if count_of(module, name) == full and (name not in QUERY_WIDTHS or name in reads(module)):
+        is_property = isinstance(getattr(type(module), name, None), property)  # it follows what it is computed from
+        if not is_property and count_of(module, name) == full and (name not in QUERY_WIDTHS or name in reads(module)):
             yield LocalAttribute(path, name, full, local)
         # a forward that asks the config for a count: this module gets a config of its own
         config = getattr(module, "config", None)

@@ -122,6 +122,32 @@ class HeadInput:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of a block whose inside is cut: under sequence parallelism it gets all tokens.
+
+    Args:
+        module: its path.
+        reduces: whether its gather and scatter take over the all-reduces of the column and row cuts in it.
+        mixes: whether it works on sequences (attention); otherwise it is given all tokens as one.
+        rows: the paths of its row linears.
+    """
+
+    module: str
+    reduces: bool
+    mixes: bool
+    rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Where tokens are split and gathered: at the input of block ``first``, the output of ``last``, around regions."""
+
+    first: str
+    last: str
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True)
 class PlanRow:
     """One line of :meth:`ShardingPlan.explain`: all parameters that differ only in layer numbers."""
 
@@ -154,6 +180,7 @@ class ShardingPlan:
         attributes: head counts that become local ones.
         boundaries: modules whose inside is cut without layers of its own (experts).
         head_inputs: arguments of which each rank takes its own heads' entries.
+        sequence: where tokens are split and gathered, with sequence parallelism.
         warnings: what the user should know; errors in strict mode.
         blockers: why setup refuses this plan, though it can be looked at.
     """
@@ -166,6 +193,7 @@ class ShardingPlan:
     head_inputs: tuple[HeadInput, ...] = ()
     warnings: tuple[str, ...] = ()
     blockers: tuple[str, ...] = ()
+    sequence: Optional[SequencePlan] = None
 
     @property
     def layouts(self) -> dict[str, Layout]:

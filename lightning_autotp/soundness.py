@@ -1,6 +1,7 @@
 """Is a plan sound? What can be seen without running: cuts that nothing closes or opens, fused weights, head counts."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from lightning_autotp.plan import Boundary, LocalAttribute, ParameterPlan, Rule, folded
 from lightning_autotp.presets import find_preset
-from lightning_autotp.reading import reads
+from lightning_autotp.reading import computes, reads, views
 
 _LOW_COVERAGE = 0.5
 """Warn when less than this share of the elements of 2-D and larger parameters is cut."""
@@ -81,7 +82,8 @@ def boundary_blockers(
 ) -> list[str]:
     """Modules with a boundary whose inside is not cut through: what they put out would be no partial sum."""
     blockers = []
-    for path in (boundary.module for boundary in boundaries):
+    for boundary in boundaries:
+        path = boundary.module
         inside = [e for e in entries.values() if f"{e.module}.".startswith(f"{path}.")]
         kinds = {e.kind for e in inside if not e.layout.is_replicated}
         if kinds != {"column", "row"}:
@@ -91,6 +93,15 @@ def boundary_blockers(
                 f" here are {' and '.join(sorted(kinds))} cuts only. Cut both, or skip all."
             )
             continue
+        once = {f"{path}.{name}" for name in boundary.once}
+        for entry in inside:
+            whole = entry.layout.is_replicated and not entry.grad_allreduce and entry.name not in once
+            if whole and not (entry.features is None and entry.kind == "row" and entry.module == path):
+                blockers.append(
+                    f"{folded(entry.name)}: it is whole on every rank inside {folded(path)}, whose outputs a boundary"
+                    " rule sums, so that what it adds would be added once per rank. Put the boundary around the cut"
+                    " parameters alone; a bias of that module itself is added once by a 'row' rule."
+                )
         made = [e for e in inside if e.kind == "column" and not e.name.endswith("bias") and not e.layout.is_replicated]
         read = {e.layout.shape[e.layout.dim or 0] for e in inside if e.kind == "row" and not e.layout.is_replicated}
         for entry in made:
@@ -108,6 +119,9 @@ def boundary_blockers(
 def _check_bare(model: nn.Module, entries: Mapping[str, ParameterPlan], boundaries: Collection[Boundary]) -> None:
     """Cut parameters that are no layer's weight need something that closes their cut."""
     holders = {e.module.rpartition(".")[0] for e in entries.values() if e.kind == "column" and e.features is not None}
+    named = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    times = Counter(parameter for _, parameter in named)
+    shared = {name for name, parameter in named if times[parameter] > 1}
     for entry in entries.values():
         module = model.get_submodule(entry.module)
         inside = any(f"{entry.module}.".startswith(f"{boundary.module}.") for boundary in boundaries)
@@ -117,7 +131,7 @@ def _check_bare(model: nn.Module, entries: Mapping[str, ParameterPlan], boundari
                 f"{entry.name} (rule {entry.rule!r}): it is inside a module with a boundary rule, whose output is"
                 " summed, and a cut linear sums its own; remove one of the rules."
             )
-        alias = entry.name.rpartition(".")[2] not in reads(module)
+        alias = entry.name in shared and entry.name.rpartition(".")[2] not in reads(module)
         if layer or inside or alias or entry.name.endswith("bias") and hasattr(module, "weight"):
             continue
         per_head = len(entry.layout.shape) == 1 and entry.kind == "column" and entry.module in holders
@@ -130,23 +144,55 @@ def _check_bare(model: nn.Module, entries: Mapping[str, ParameterPlan], boundari
 
 
 def head_count_blockers(
-    model: nn.Module, columns: Mapping[str, ParameterPlan], local: Iterable[LocalAttribute]
+    model: nn.Module, columns: Mapping[str, ParameterPlan], local: Collection[LocalAttribute]
 ) -> list[str]:
-    """Head counts under names nobody knows, which a cut module reads: a view by the full count would go unnoticed."""
-    known = {(attribute.module, attribute.name) for attribute in local}
+    """Uses of head counts that a cut would make wrong, or may make wrong where their names are not known."""
+    known = {(attribute.module, attribute.name): attribute for attribute in local}
     blockers = []
+    for (path, name), attribute in known.items():
+        if name in computes(model.get_submodule(path)):
+            blockers.append(
+                f"{folded(path)} computes with `self.{name}` = {attribute.full} in its forward pass (a power, a"
+                " divisor, a range), and with its projections cut that becomes a rank's own count; compute it in"
+                " `__init__`, and keep it under a name of its own."
+            )
     for path in dict.fromkeys(m.rpartition(".")[0] for m, entry in columns.items() if not entry.gather_output):
         module = model.get_submodule(path)
-        read = reads(module)
-        for name, value in vars(module).items():
-            is_count = re.search("head", name, re.IGNORECASE) and not re.search("dim|size|group|width", name)
-            if is_count and type(value) is int and value > 1 and name in read and (path, name) not in known:
+        read = {name for name, value in vars(module).items() if _is_head_count(name, value)} & reads(module)
+        read |= {name for name in views(module) if _whole_number(module, name) > 1}
+        for name in sorted(name for name in read if (path, name) not in known):
+            blockers.append(
+                f"{folded(path)} reads `self.{name}` = {_whole_number(module, name)} in its forward pass, and with its"
+                " projections cut it may have to be a rank's own count, which nobody knows by that name; take the"
+                " number of heads from the projection's width (`view(..., -1, head_dim)`), or call the count"
+                " `num_heads`."
+            )
+        counts = {attribute.full for (at, _), attribute in known.items() if at == path}
+        for name, child in module.named_modules():
+            if (
+                isinstance(child, (nn.ModuleList, nn.ParameterList))
+                and len(child) in counts
+                and len([*child.parameters()])
+            ):
                 blockers.append(
-                    f"{folded(path)} reads `self.{name}` = {value} in its forward pass, and with its projections cut it"
-                    " may have to be a rank's own count, which nobody knows by that name; take the number of heads from"
-                    " the projection's width (`view(..., -1, head_dim)`), or call the count `num_heads`."
+                    f"{folded(path)}.{name} holds {len(child)} parts, as many as {folded(path)} has heads: if there is"
+                    " one for each head, a rank would use those of other heads than its own. Add skip rules for the"
+                    " projections of this module."
                 )
     return blockers
+
+
+def _is_head_count(name: str, value: object) -> bool:
+    is_count = re.search("head", name, re.IGNORECASE) and not re.search("dim|size|group|width", name)
+    return bool(is_count) and type(value) is int and value > 1
+
+
+def _whole_number(module: nn.Module, name: str) -> int:
+    """What ``name`` (``x`` or ``x.y``) is of ``module``, 0 if that is no whole number."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value if type(value) is int else 0
 
 
 class _Pairs:

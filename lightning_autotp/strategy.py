@@ -33,10 +33,12 @@ from lightning_autotp.checkpoint import Placement, load_directory, save_director
 from lightning_autotp.checkpoint.states import full_checkpoint, local_checkpoint, optimizer_names
 from lightning_autotp.config import TPConfig, TPTrainingConfig
 from lightning_autotp.gradients import TPGradients, shared_scaler
+from lightning_autotp.loss import set_loss_parallel
 from lightning_autotp.mesh import GatherOverDP, Mesh, build_mesh, raised_together
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.refusals import explain_ddp_error, refuse_callbacks, refuse_for_ddp, refuse_optimizers
+from lightning_autotp.sequence import parallel_sequence
 from lightning_autotp.specs import nearest
 from lightning_autotp.table import print_plan
 
@@ -53,6 +55,10 @@ class AutoTPStrategy(DDPStrategy):
         partition_config: custom rules.
         preset_model: the name of a built-in preset.
         tensor_parallel: where the groups come from, see :class:`~lightning_autotp.TPConfig`.
+        sequence_parallel: between attention and MLP each rank holds its part of the tokens: less memory, the same
+            communication.
+        loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
+            the parts; see :func:`lightning_autotp.cross_entropy`.
         save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
             a plain Trainer reads (False).
         exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
@@ -82,6 +88,8 @@ class AutoTPStrategy(DDPStrategy):
         partition_config: Optional[dict[str, Any]] = None,
         preset_model: Optional[str] = None,
         tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
+        sequence_parallel: bool = False,
+        loss_parallel: bool = False,
         save_distributed_checkpoint: bool = True,
         exclude_frozen_parameters: bool = False,
         check_agreement: bool = True,
@@ -114,6 +122,8 @@ class AutoTPStrategy(DDPStrategy):
             gradient_as_bucket_view=gradient_as_bucket_view,
             **others,
         )
+        self._sequence_parallel = sequence_parallel
+        self._loss_parallel = loss_parallel
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._check_agreement = check_agreement
@@ -253,6 +263,7 @@ class AutoTPStrategy(DDPStrategy):
         self.precision_plugin.convert_module(module)
         self._apply_dtype(module)
         found = self._shard(module)
+        set_loss_parallel(module, found.plan, self._loss_parallel)
         self.model_to_device()
         self._statistics_over_dp(module)
         self._first_look = FirstLook(self.mesh, self._check_agreement)
@@ -284,7 +295,7 @@ class AutoTPStrategy(DDPStrategy):
         """Shard the module, unless an earlier run has done it."""
         found = sharded(module)
         if found is None:
-            plan = raised_together(lambda: make_plan(module, self.config, self.tp_size))
+            plan = raised_together(lambda: self._plan(module))
             apply_plan(module, plan, self.mesh, self.root_device, overlap=self.config.tp_overlap_comm)
             found = sharded(module)
             if self.tp_size > 1 and self.is_global_zero:
@@ -296,6 +307,10 @@ class AutoTPStrategy(DDPStrategy):
                 f" autotp_size is now {self.tp_size}; build a new model and load its checkpoint."
             )
         return found
+
+    def _plan(self, module: LightningModule) -> ShardingPlan:
+        plan = make_plan(module, self.config, self.tp_size)
+        return parallel_sequence(module, plan) if self._sequence_parallel and self.tp_size > 1 else plan
 
     def _apply_dtype(self, module: LightningModule) -> None:
         if "dtype" not in self.config.model_fields_set:
@@ -574,6 +589,8 @@ def _called_around(module: nn.Module, plan: ShardingPlan) -> list[nn.Module]:
     Lists are never called, and a step may use the parts of the root without calling it: then their children are.
     """
     paths = [e.module.split(".") for e in plan.parameters.values() if not e.layout.is_replicated]
+    if plan.sequence is not None:  # blocks put out a rank's own tokens
+        return []
     around = module.get_submodule(".".join(os.path.commonprefix([path[:-1] for path in paths])))
     if around is module:
         return [module, *_called_children(module)]

@@ -16,7 +16,7 @@ from torch.distributed import _functional_collectives as functional
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
 def all_reduced(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -40,16 +40,17 @@ def gather_parts(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     mine = local.movedim(dim, 0)
     padded = mine.new_zeros(widest, *mine.shape[1:])
     padded[: mine.shape[0]] = mine
-    stacked = _all_gathered(padded, mesh)
+    stacked = all_gather_rows(padded, mesh)
     parts = stacked.view(mesh.tp_size, widest, *mine.shape[1:])
     return layout.unshard([parts[r, : layout.widths[r]].movedim(0, dim) for r in range(mesh.tp_size)])
 
 
-def _all_gathered(x: Tensor, mesh: Mesh) -> Tensor:
+def all_gather_rows(x: Tensor, mesh: Mesh) -> Tensor:
+    """Every rank's ``[R, ...]``, all of one size and contiguous, as ``[tp * R, ...]``. No autograd."""
     if torch.compiler.is_compiling():
         return functional.wait_tensor(functional.all_gather_tensor(x, 0, mesh.tp_group))
     stacked = x.new_empty(mesh.tp_size * x.shape[0], *x.shape[1:])
-    _all_gather(stacked, x, group=mesh.tp_group)
+    all_gather(stacked, x, group=mesh.tp_group)
     return stacked
 
 

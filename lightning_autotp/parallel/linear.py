@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_reduced, copy_input, gather_output, reduce_output, split_input
+from lightning_autotp.parallel.sequence import scatter_tokens
 from lightning_autotp.reading import delegates
 
 _RIDE = "_autotp_columns"
@@ -22,8 +23,9 @@ _RIDE = "_autotp_columns"
 class _ColumnLinears(torch.autograd.Function):
     """Linears that read one input: ``y_i = x w_i^T + b_i``, with ``x [..., K]`` whole and ``w_i [N_i, K]`` parts.
 
-    Backward: ``gx = sum_i gy_i w_i`` is partial on each rank and is all-reduced, once for all of them;
-    ``gw_i = gy_i^T x`` and ``gb_i`` are this rank's own. With ``overlap`` the all-reduce runs while they are computed.
+    Backward: ``gx = sum_i gy_i w_i`` is partial on each rank and is all-reduced, once for all of them (without a group
+    it stays partial: what gathered ``x`` sums it); ``gw_i = gy_i^T x`` and ``gb_i`` are this rank's own. With
+    ``overlap`` the all-reduce runs while they are computed.
     """
 
     @staticmethod
@@ -31,7 +33,7 @@ class _ColumnLinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         columns: Optional["ColumnGroup"],
-        group: ProcessGroup,
+        group: Optional[ProcessGroup],
         overlap: bool,
         count: int,
         *params: Optional[Tensor],
@@ -54,7 +56,9 @@ class _ColumnLinears(torch.autograd.Function):
         work, gx = None, None
         if ctx.needs_input_grad[0]:
             gx = _input_gradient(flat, weights).view(*shape, weights[0].shape[1])
-            if ctx.overlap and not torch.compiler.is_compiling():
+            if ctx.group is None:
+                pass
+            elif ctx.overlap and not torch.compiler.is_compiling():
                 work = dist.all_reduce(gx, group=ctx.group, async_op=True)
             else:
                 gx = all_reduced(gx, ctx.group)
@@ -148,7 +152,8 @@ class ColumnGroup:
             weights = [w.to(dtype) for w in weights]
             biases = [None if b is None else b.to(dtype) for b in biases]
         first = members[0]
-        outputs = _ColumnLinears.apply(x, columns, first.mesh.tp_group, first.overlap, len(members), *weights, *biases)
+        group = first.mesh.tp_group if first.reduces else None
+        outputs = _ColumnLinears.apply(x, columns, group, first.overlap, len(members), *weights, *biases)
         return dict(zip(places, outputs))
 
 
@@ -161,6 +166,7 @@ def _state(x: Tensor) -> tuple[Any, ...]:
 class ColumnParallel(nn.Module):
     """A linear cut along its output features: ``[..., K]`` whole -> ``[..., N_r]``, or ``[..., N]`` gathered.
 
+    With ``keeps_part`` one that gathers does so only where no gradients are recorded: the loss needs no more.
     Made by :meth:`convert`, never constructed.
     """
 
@@ -168,16 +174,23 @@ class ColumnParallel(nn.Module):
     layout: Layout
     overlap: bool
     gathers: bool
+    reduces: bool
+    keeps_part: bool = False
     group: ColumnGroup
     place: int
     weight: Any
     bias: Any
 
     @classmethod
-    def convert(cls, module: nn.Module, mesh: Mesh, layout: Layout, *, overlap: bool, gather: bool) -> "ColumnParallel":
-        """Change ``module`` in place; its parameters must already be this rank's parts."""
+    def convert(
+        cls, module: nn.Module, mesh: Mesh, layout: Layout, *, overlap: bool, gather: bool, reduce: bool = True
+    ) -> "ColumnParallel":
+        """Change ``module`` in place; its parameters must already be this rank's parts.
+
+        Without ``reduce`` the gradient of its input stays partial, for what made the input to sum it.
+        """
         converted: Any = become(module, cls, mesh, layout)
-        converted.overlap, converted.gathers = overlap, gather
+        converted.overlap, converted.gathers, converted.reduces = overlap, gather, reduce
         return converted
 
     @property
@@ -190,7 +203,9 @@ class ColumnParallel(nn.Module):
             output = self.group(self.place, input)
         else:
             output = F.linear(input, self.matrix, self.bias)
-        return gather_output(output, self.layout, self.mesh) if self.gathers else output
+        if self.gathers and not (self.keeps_part and torch.is_grad_enabled()):
+            return gather_output(output, self.layout, self.mesh)
+        return output
 
     def extra_repr(self) -> str:
         gathered = ", gather_output" if self.gathers else ""
@@ -212,21 +227,25 @@ class ColumnParallelConv1D(ColumnParallel):
 class RowParallel(nn.Module):
     """A linear cut along its input features: ``[..., K_r]`` -> ``[..., N]``, summed over the ranks.
 
-    The bias is whole on every rank and added once, after the sum. With ``splits`` the input comes whole, ``[..., K]``.
-    Made by :meth:`convert`, never constructed.
+    The bias is whole on every rank and added once, after the sum. With ``splits`` the input comes whole, ``[..., K]``;
+    with ``scatters`` the sum is scattered over the tokens, ``[1, T_r, N]`` (sequence parallelism). Made by
+    :meth:`convert`, never constructed.
     """
 
     mesh: Mesh
     layout: Layout
     splits: bool
+    scatters: bool
     weight: Any
     bias: Any
 
     @classmethod
-    def convert(cls, module: nn.Module, mesh: Mesh, layout: Layout, *, split: bool = False) -> "RowParallel":
+    def convert(
+        cls, module: nn.Module, mesh: Mesh, layout: Layout, *, split: bool = False, scatter: bool = False
+    ) -> "RowParallel":
         """Change ``module`` in place; its weight must already be this rank's part."""
         converted: Any = become(module, cls, mesh, layout)
-        converted.splits = split
+        converted.splits, converted.scatters = split, scatter
         return converted
 
     @property
@@ -244,7 +263,8 @@ class RowParallel(nn.Module):
                 f" {input.shape[-1]} of them on tensor parallel rank {self.mesh.tp_rank}, where its part is"
                 f" {weight.shape[1]}: the layers before it must be cut by column rules that match this row rule."
             )
-        output = reduce_output(F.linear(input, weight), self.mesh)
+        output = F.linear(input, weight)
+        output = scatter_tokens(output, self.mesh, reduce=True) if self.scatters else reduce_output(output, self.mesh)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:

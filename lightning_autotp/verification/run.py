@@ -17,6 +17,7 @@ from lightning_autotp.gradients import TPGradients
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import build_mesh
 from lightning_autotp.planner import make_plan
+from lightning_autotp.sequence import parallel_sequence
 from lightning_autotp.verification.errors import (
     TOLERANCE,
     Errors,
@@ -38,6 +39,7 @@ class Case:
     config: TPTrainingConfig
     steps: int
     kv_heads: int
+    sequence_parallel: bool = False
 
     @property
     def unsharded(self) -> tuple[Any, ...]:
@@ -168,6 +170,7 @@ def measure(rank: int, case: Case, path: str) -> Measured:
     mesh = build_mesh(case.tp_size, TPConfig())
     try:
         plan = make_plan(model, case.config, case.tp_size)
+        plan = parallel_sequence(model, plan) if case.sequence_parallel else plan
         apply_plan(model, plan, mesh, torch.device("cpu"), overlap=case.config.tp_overlap_comm)
     except ValueError as error:
         raise Refused(str(error)) from error

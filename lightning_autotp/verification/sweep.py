@@ -27,7 +27,7 @@ _NOTE = 160
 def main(args: Optional[Sequence[str]] = None) -> int:
     """Run the subcommand; returns the exit status: 0 if every plan gives the unsharded numbers.
 
-    A sweep passes over what does not run unsharded, and bears a few refusals.
+    A sweep passes over what is known not to run unsharded, and bears a few refusals.
     """
     options = _parser().parse_args(args)
     sys.path.insert(0, os.getcwd())  # for module:factory, as python -m would
@@ -37,6 +37,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
         "steps": options.steps,
         "tolerance": options.tolerance,
         "kv_heads": options.kv_heads,
+        "sequence_parallel": options.sequence_parallel,
         "timeout": options.timeout,
     }
     models = options.models + [name for name in options.model_types.split(",") if name]
@@ -93,7 +94,7 @@ def summary(found: dict[str, list[Report]]) -> str:
 
 
 def _sweep(names: list[str], sizes: list[int], settings: dict[str, Any], pool: Pool, options: Any) -> int:
-    from lightning_autotp.verification.small import SWEEP, causal_types
+    from lightning_autotp.verification.small import NOT_RUNNABLE, SWEEP, causal_types
 
     readme = None if options.write_readme is None else Path(options.write_readme)
     if readme is not None:
@@ -105,8 +106,8 @@ def _sweep(names: list[str], sizes: list[int], settings: dict[str, Any], pool: P
     if readme is not None:
         readme.write_text(_between_markers(readme.read_text(), written))
     print(f"\n{written}", end="")
-    kinds = [_kind(reports) for reports in found.values()]
-    return 1 if {"fail", "error"} & set(kinds) or kinds.count("refused") > REFUSALS else 0
+    kinds = [_kind(reports) for name, reports in found.items() if name not in NOT_RUNNABLE]
+    return 1 if {"fail", "error", "not run"} & set(kinds) or kinds.count("refused") > REFUSALS else 0
 
 
 def _between_markers(text: str, written: str) -> str:
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", metavar="NAME", help="preset_model")
     parser.add_argument("--rules", metavar="FILE", help="YAML or JSON: a partition_config, or a whole config")
     parser.add_argument("--overlap", action="store_true", help="tp_overlap_comm")
+    parser.add_argument("--sequence-parallel", action="store_true", help="run with sequence_parallel")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads of the small model (2)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="bound on gradients and weights (1e-3)")
