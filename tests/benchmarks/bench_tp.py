@@ -351,7 +351,8 @@ def report(given: argparse.Namespace, rows: dict[str, Row]) -> None:
     where = f"{given.nproc} x {', '.join(sorted(devices))}" if devices else machine()
     print(f"{where}; {', '.join(f'{name} {version}' for name, version in versions().items())}")
     sizes = ", ".join(f"{name} {getattr(given, name)}" for name in GPU)
-    print(f"{given.nproc} ranks; {sizes}; {given.steps} steps, {given.rounds} rounds\n")
+    done = min((len(found["ms"]) for found in rows.values() if "ms" in found), default=0)
+    print(f"{given.nproc} ranks; {sizes}; {given.steps} steps a round, {done} of {given.rounds} rounds\n")
     print(table(given, rows))
 
 

@@ -123,6 +123,8 @@ class Clock:
         gate = self.folder / f"{self.mode}.{number}"
         while not gate.exists():
             time.sleep(0.02)
+            if not self.folder.is_dir():  # the measurement was stopped; a Trainer's process survives SIGTERM
+                os._exit(1)
         dist.barrier()
 
     def _write(self, name: str, found: dict[str, Any]) -> None:
