@@ -15,8 +15,6 @@ LOSS_TOLERANCE, TOLERANCE = 1e-4, 1e-3
 MODEL_SCALE = 1e-6
 ROUNDING = 1e-8
 """What a tensor that fp32 cannot compute may differ by, of the model's norm: a twelfth of fp32's machine epsilon."""
-SEVERAL = 3
-"""Or how many times as much as the unsharded fp32 run misses fp64 by."""
 NOISE = 0.1
 """fp32 cannot compute a tensor that the unsharded run misses by this part of the bound: another run may miss it by all.
 """

@@ -12,7 +12,6 @@ from lightning_autotp.verification.errors import (
     LOSS_TOLERANCE,
     NOISE,
     ROUNDING,
-    SEVERAL,
     TOLERANCE,
     Errors,
     comparable,
@@ -113,7 +112,7 @@ def _rows(
             error, of_norm = of_all.get(name, (0.0, 0.0))
             rounding = noise[at].get(name, 0.0)
             is_noise = rounding > NOISE * tolerance
-            excused = is_noise and (of_norm <= ROUNDING or error <= SEVERAL * rounding)
+            excused = is_noise and of_norm <= ROUNDING
             noisy = max(noisy, rounding if is_noise else 0.0)
             if not (error <= tolerance or excused) or (at, name) in unequal:
                 wrong.append(at)
