@@ -1,9 +1,10 @@
 """Plan x mesh x model -> the model, sharded in place: parameters become parts, layers change their class."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,11 @@ from lightning_autotp.parallel.linear import (
     ColumnParallelConv1D,
     ColumnParallelLinear,
     PartialOutputLinear,
+    RowParallel,
     RowParallelConv1D,
     RowParallelLinear,
 )
+from lightning_autotp.parallel.overlap import Overlap
 from lightning_autotp.parallel.sequence import Batch, apply_sequence
 from lightning_autotp.plan import ShardingPlan
 
@@ -40,6 +43,7 @@ class Sharded:
     columns: tuple[ColumnGroup, ...]
     subgroups: Subgroups
     batch: Batch
+    overlap: Overlap
 
     def settle(self) -> None:
         """To be called between steps: column linears learn which of them share an input."""
@@ -66,7 +70,8 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
     if plan.blockers:
         raise ValueError("this model cannot be sharded exactly: " + " ".join(plan.blockers))
     _load_parts(model, plan.layouts, mesh, device)
-    columns = _convert_layers(model, plan, mesh, overlap)
+    beside = Overlap(mesh, overlap)
+    columns = _convert_layers(model, plan, beside)
     for boundary in plan.boundaries:
         Boundary.convert(model.get_submodule(boundary.module), mesh, boundary.once, boundary.passing)
     for attribute in plan.attributes:
@@ -75,9 +80,11 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
         take_own_heads(model.get_submodule(given.module), given, mesh.tp_rank)
     batch = Batch()
     if plan.sequence is not None:
-        batch = apply_sequence(model, plan.sequence, mesh, whole_routing=bool(plan.boundaries))
+        by_region = _columns_of_regions(plan, columns, beside)
+        batch = apply_sequence(model, plan.sequence, by_region, beside, whole_routing=bool(plan.boundaries))
     _keep_off_fast_paths(model)
-    setattr(model, _SHARDED, Sharded(plan, mesh, columns, Subgroups.of(_owners(plan, mesh), mesh), batch))
+    subgroups = Subgroups.of(_owners(plan, mesh), mesh)
+    setattr(model, _SHARDED, Sharded(plan, mesh, columns, subgroups, batch, beside))
 
 
 class LocalConfig:
@@ -191,7 +198,8 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
 
 
-def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: bool) -> tuple[ColumnGroup, ...]:
+def _convert_layers(model: nn.Module, plan: ShardingPlan, overlap: Overlap) -> tuple[ColumnGroup, ...]:
+    mesh = overlap.mesh
     columns: dict[str, ColumnParallel] = {}
     done: set[int] = set()
     regions = plan.sequence.regions if plan.sequence is not None else ()
@@ -212,11 +220,16 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: b
             continue
         elif entry.kind == "row":
             row = RowParallelConv1D if is_conv1d(module) else RowParallelLinear
-            row.convert(module, mesh, entry.layout, split=entry.split_input, scatter=reduces)
+            scatter = overlap if reduces else None
+            converted = row.convert(module, mesh, entry.layout, split=entry.split_input, scatter=scatter)
+            if reduces:
+                after, before = converted.forms
+                overlap.weights[after] = partial(_matrices, [converted])
+                overlap.weights[before] = partial(_transposed, converted)
         elif entry.kind == "column":
             column = ColumnParallelConv1D if is_conv1d(module) else ColumnParallelLinear
             columns[entry.module] = column.convert(
-                module, mesh, entry.layout, overlap=overlap, gather=entry.gather_output, reduce=not reduces
+                module, mesh, entry.layout, overlap=overlap.on, gather=entry.gather_output, reduce=not reduces
             )
     groups = []
     for paths in plan.siblings:
@@ -225,6 +238,28 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, mesh: Mesh, overlap: b
         for place, member in enumerate(members):
             member.group, member.place = groups[-1], place
     return tuple(groups)
+
+
+def _matrices(linears: Sequence[Union[ColumnParallel, RowParallel]]) -> list[Tensor]:
+    return [linear.matrix for linear in linears]
+
+
+def _transposed(row: RowParallel) -> list[Tensor]:
+    return [row.matrix.t()]
+
+
+def _columns_of_regions(
+    plan: ShardingPlan, groups: tuple[ColumnGroup, ...], overlap: Overlap
+) -> dict[str, ColumnGroup]:
+    """The columns of each region whose gather takes their all-reduce over, where they are one group."""
+    assert plan.sequence is not None
+    inside: dict[str, list[ColumnGroup]] = defaultdict(list)
+    for paths, group in zip(plan.siblings, groups):
+        inside[paths[0].rpartition(".")[0]].append(group)
+    found = {r.module: inside[r.module][0] for r in plan.sequence.regions if r.reduces and len(inside[r.module]) == 1}
+    for group in found.values():
+        overlap.weights[group.form] = partial(_matrices, group.members)
+    return found
 
 
 def _keep_off_fast_paths(model: nn.Module) -> None:

@@ -106,8 +106,21 @@ def build_mesh(tp_size: int, given: TPConfig, timeout: Optional[timedelta] = Non
         group = given.tp_group() if callable(given.tp_group) else given.tp_group
         return _from_tp_group(group, tp_size, timeout)
     neighbours = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
-    tp_group, _ = dist.new_subgroups_by_enumeration(neighbours, timeout=timeout)
+    tp_group, _ = dist.new_subgroups_by_enumeration(neighbours, timeout=timeout, pg_options=_in_front(timeout))
     return _with_replicas(tp_group, neighbours, timeout)
+
+
+def _in_front(timeout: Optional[timedelta]) -> Any:
+    """Options with which NCCL's kernels of a group go before others that wait for the GPU; None for other backends.
+
+    A step waits for what its tensor parallel ranks exchange, and beside it run matmuls that fill the GPU.
+    """
+    if not dist.is_nccl_available() or dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout
+    return options
 
 
 def _from_mpu(mpu: Any, tp_size: int) -> Mesh:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_autotp.blocks import lists_of_blocks
 from lightning_autotp.plan import ParameterPlan, Region, SequencePlan, ShardingPlan
 
 _SEQUENCES = ("attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache_params", "layer_past")
@@ -26,7 +27,7 @@ def parallel_sequence(model: nn.Module, plan: ShardingPlan) -> ShardingPlan:
         ValueError: if the structure of the blocks is not known well enough to be exact; the message says what is.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    path = _blocks(modules, plan)
+    path = _blocks(model, plan)
     blocks = [f"{path}.{name}" for name, _ in modules[path].named_children()]
     regions = [region for block in blocks for region in _regions(block, modules, plan)]
     inside = tuple(f"{region.module}." for region in regions)
@@ -42,12 +43,10 @@ def parallel_sequence(model: nn.Module, plan: ShardingPlan) -> ShardingPlan:
     return replace(plan, parameters=entries, sequence=SequencePlan(blocks[0], blocks[-1], tuple(regions)))
 
 
-def _blocks(modules: dict[str, nn.Module], plan: ShardingPlan) -> str:
+def _blocks(model: nn.Module, plan: ShardingPlan) -> str:
     """The path of the one list of blocks that holds all row cuts."""
     rows = [e.module for e in plan.parameters.values() if e.kind == "row" and not e.layout.is_replicated]
-    lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList) and path]
-    found = [path for path in lists if any(row.startswith(f"{path}.") for row in rows)]
-    outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found if other != path)]
+    outer = lists_of_blocks(model, plan, ("row",))
     others = [row for row in rows if not row.startswith(tuple(f"{path}." for path in outer))]
     if len(outer) != 1 or others:
         raise ValueError(

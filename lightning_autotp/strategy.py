@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from lightning_autotp.agreement import FirstLook, require_alike
 from lightning_autotp.apply import Sharded, apply_plan, sharded, warn_of_dropout
+from lightning_autotp.blocks import compile_blocks
 from lightning_autotp.checkpoint import Placement, load_directory, save_directory
 from lightning_autotp.checkpoint.states import full_checkpoint, local_checkpoint, optimizer_names
 from lightning_autotp.config import TPConfig, TPTrainingConfig
@@ -59,6 +60,7 @@ class AutoTPStrategy(DDPStrategy):
             communication.
         loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
             the parts; see :func:`lightning_autotp.cross_entropy`.
+        compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
         save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
             a plain Trainer reads (False).
         exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
@@ -90,6 +92,7 @@ class AutoTPStrategy(DDPStrategy):
         tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
+        compile: bool = False,  # noqa: A002 - torch's name for it
         save_distributed_checkpoint: bool = True,
         exclude_frozen_parameters: bool = False,
         check_agreement: bool = True,
@@ -124,6 +127,7 @@ class AutoTPStrategy(DDPStrategy):
         )
         self._sequence_parallel = sequence_parallel
         self._loss_parallel = loss_parallel
+        self._compile = compile
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._check_agreement = check_agreement
@@ -264,6 +268,8 @@ class AutoTPStrategy(DDPStrategy):
         self._apply_dtype(module)
         found = self._shard(module)
         set_loss_parallel(module, found.plan, self._loss_parallel)
+        if self._compile and self.tp_size > 1:
+            compile_blocks(module, found.plan)
         self.model_to_device()
         self._statistics_over_dp(module)
         self._first_look = FirstLook(self.mesh, self._check_agreement)
@@ -277,6 +283,7 @@ class AutoTPStrategy(DDPStrategy):
         if self.tp_size > 1:
             refuse_callbacks(trainer)
         self._gradients = TPGradients(module, found)
+        found.overlap.measure()
         self._share_random_state()
         if self.tp_size > 1:
             warn_of_dropout(module, found.plan)

@@ -65,13 +65,13 @@ def column_and_row(overlap: bool = False) -> tuple[nn.Sequential, nn.Sequential]
 @pytest.mark.parametrize("case", ["bloom", "mpt", "falcon-alibi"])
 @pytest.mark.ranks(2)
 def test_3_1_alibi_slopes_are_those_of_the_full_model(case: str) -> None:
-    check(case, 2, overlap=False)
+    check(case, 2, mode="")
 
 
 @pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3"])
 @pytest.mark.ranks(2)
 def test_3_2_and_3_10_latent_attention_with_and_without_a_query_rank(case: str) -> None:
-    check(case, 2, overlap=False)
+    check(case, 2, mode="")
 
 
 def test_3_10_the_dense_first_layers_and_plain_query_projections_are_cut() -> None:
@@ -85,12 +85,12 @@ def test_3_10_the_dense_first_layers_and_plain_query_projections_are_cut() -> No
 @pytest.mark.parametrize("case", ["qwen3", "gemma3", "glm4_moe"])
 @pytest.mark.ranks(2)
 def test_3_3_norms_of_queries_and_keys_get_whole_gradients(case: str) -> None:
-    check(case, 2, overlap=False)
+    check(case, 2, mode="")
 
 
 @pytest.mark.ranks(2)
 def test_3_4_norms_over_the_whole_projection_see_all_of_it() -> None:
-    check("olmo2", 2, overlap=False)
+    check("olmo2", 2, mode="")
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -184,12 +184,12 @@ def test_3_9_head_counts_stay_where_the_attention_is_whole(model_type: str) -> N
 
 @pytest.mark.ranks(2)
 def test_3_9_phi3_reads_its_head_counts_from_the_config_and_its_parts_are_unequal() -> None:
-    check("phi3", 2, overlap=False)
+    check("phi3", 2, mode="")
 
 
 @pytest.mark.ranks(4)
 def test_3_11_attention_sinks_and_interleaved_experts_with_biases() -> None:
-    check("gpt_oss", 4, overlap=False)
+    check("gpt_oss", 4, mode="")
 
 
 def test_3_11_little_of_a_model_cut_is_no_success() -> None:
@@ -202,7 +202,7 @@ def test_3_11_little_of_a_model_cut_is_no_success() -> None:
 @pytest.mark.parametrize("case", ["gpt2", "t5", "bart", "bert"])
 @pytest.mark.ranks(2)
 def test_3_12_conv1d_encoders_and_cross_attention(case: str) -> None:
-    check(case, 2, overlap=False)
+    check(case, 2, mode="")
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("column", "up_proj"), ("row", "down_proj")])

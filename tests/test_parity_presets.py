@@ -1,11 +1,13 @@
 """Every preset on today's transformers classes: a small model sharded against itself unsharded, on every rank.
 
 Three optimizer steps with clipping; losses, the gradient of the embedding's output, every parameter's gradient and
-weight. Model types whose shape a preset tells apart come as variants of their config.
+weight; plain, with overlap, and with sequence and loss parallelism, too. Model types whose shape a preset tells apart
+come as variants of their config.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from lightning_autotp import AutoTPPresets, TPTrainingConfig
 from lightning_autotp.apply import apply_plan, sharded
 from lightning_autotp.gradients import TPGradients
+from lightning_autotp.loss import set_loss_parallel
 from lightning_autotp.mesh import build_mesh
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.presets import find_preset
+from lightning_autotp.sequence import parallel_sequence
 from lightning_autotp.verification.errors import MODEL_SCALE
 from lightning_autotp.verification.small import small_batches, small_config, small_model
 from tests.closeness import assert_close, relative_errors
@@ -73,6 +77,13 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "bert": ("bert", {}, True),
     "vit": ("vit", {}, False),
 }
+
+
+NO_SEQUENCES = {"opt", "bart", "t5", "t5-gated", "bert"}
+"""Cases that sequence parallelism refuses."""
+
+NO_LOSS = {"bart", "t5", "t5-gated", "bert", "vit"}
+"""Cases that loss parallelism refuses, or that have no vocabulary."""
 
 
 @dataclass
@@ -133,14 +144,26 @@ def parts(plan: ShardingPlan, rank: int, full: dict[str, Tensor]) -> dict[str, T
     return {name: plan.layouts[name].shard(tensor, rank) for name, tensor in full.items()}
 
 
-def check(case: str, tp_size: int, overlap: bool) -> None:
+def refused(switch: str, expected: bool) -> AbstractContextManager[Any]:
+    """What is done inside is refused, by name, or it is not."""
+    return pytest.raises(ValueError, match=f"^{switch}: ") if expected else nullcontext()
+
+
+def check(case: str, tp_size: int, mode: str) -> None:
     reference, batches = build(case)
     want = train(reference, batches)
     model, _ = build(case)
     preset = CASES[case][0]
+    overlap = mode != ""
     plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size, tp_overlap_comm=overlap))
     mesh = build_mesh(tp_size, TPTrainingConfig().tensor_parallel)
+    if mode == "switches":
+        with refused("sequence_parallel", case in NO_SEQUENCES):
+            plan = parallel_sequence(model, plan)
     apply_plan(model, plan, mesh, rank_device(), overlap=overlap)
+    if mode == "switches":
+        with refused("loss_parallel", case in NO_LOSS):
+            set_loss_parallel(model, plan, True)
     found = sharded(model)
     assert found is not None
     assert all(e.source.startswith("preset ") for e in plan.parameters.values() if not e.layout.is_replicated), preset
@@ -188,15 +211,15 @@ def test_every_preset_has_a_case() -> None:
     assert detected - tried <= {"chatglm", "ministral", "mbart", "m2m_100", "mt5", "roberta", "phi4_multimodal"}
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("mode", ["", "overlap", "switches"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.ranks(2)
-def test_a_preset_is_the_unsharded_run_at_tp2(case: str, overlap: bool) -> None:
-    check(case, 2, overlap)
+def test_a_preset_is_the_unsharded_run_at_tp2(case: str, mode: str) -> None:
+    check(case, 2, mode)
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("mode", ["", "switches"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.ranks(4)
-def test_a_preset_is_the_unsharded_run_at_tp4_with_shared_key_heads(case: str, overlap: bool) -> None:
-    check(case, 4, overlap)
+def test_a_preset_is_the_unsharded_run_at_tp4_with_shared_key_heads(case: str, mode: str) -> None:
+    check(case, 4, mode)

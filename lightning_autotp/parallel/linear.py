@@ -1,5 +1,6 @@
 """Column and row parallel linears: an ``nn.Linear`` whose class was changed in place and whose weight is a part."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Optional
 
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_reduced, copy_input, gather_output, reduce_output, split_input
-from lightning_autotp.parallel.sequence import scatter_tokens
+from lightning_autotp.parallel.overlap import Overlap, as_sequences, form_of
 from lightning_autotp.reading import delegates
 
 _RIDE = "_autotp_columns"
@@ -41,7 +42,7 @@ class _ColumnLinears(torch.autograd.Function):
         weights, biases = params[:count], params[count:]
         trains = any(ctx.needs_input_grad[5 : 5 + count])
         ctx.save_for_backward(x if trains else None, *weights)
-        ctx.columns, ctx.group, ctx.overlap, ctx.count = columns, group, overlap, count
+        ctx.columns, ctx.group, ctx.overlap = columns, group, overlap
         ctx.set_materialize_grads(False)
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases))  # type: ignore[arg-type]
 
@@ -62,21 +63,81 @@ class _ColumnLinears(torch.autograd.Function):
                 work = dist.all_reduce(gx, group=ctx.group, async_op=True)
             else:
                 gx = all_reduced(gx, ctx.group)
-        needs = ctx.needs_input_grad[5:]
-        flat_x = None if x is None else x.reshape(-1, x.shape[-1])
-        gws = [None if g is None or flat_x is None or not need else g.t() @ flat_x for g, need in zip(flat, needs)]
-        gbs = [None if g is None or not need else g.sum(0) for g, need in zip(flat, needs[ctx.count :])]
+        of_parameters = _parameter_gradients(flat, None if x is None else x.flatten(0, -2), ctx.needs_input_grad[5:])
         if work is not None:
             work.wait()
-        return gx, None, None, None, None, *gws, *gbs
+        return gx, None, None, None, None, *of_parameters
 
 
-def _input_gradient(grads: list[Optional[Tensor]], weights: list[Tensor]) -> Tensor:
-    """``sum_i g_i w_i`` as ``[T, K]``, accumulated by the matmuls themselves."""
+class _GatherColumns(torch.autograd.Function):
+    """The same of a rank's own tokens ``x [1, T_r, K]``, which are gathered first: ``X [B, S, K]`` and ``y_i``.
+
+    Backward: the partial ``gX = sum_i gy_i w_i`` (and what else reads ``X`` adds) is reduce-scattered to ``gx``; with
+    overlap this runs while the gradients of weights and biases are computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        columns: Optional["ColumnGroup"],
+        overlap: Overlap,
+        form: str,
+        length: int,
+        count: int,
+        *params: Optional[Tensor],
+    ) -> Any:
+        weights, biases = params[:count], params[count:]
+        full, products = overlap.gather_matmul(x[0], weights, biases, form)  # type: ignore[arg-type]
+        outputs = tuple(as_sequences(y, length) for y in (full, *products))
+        trains = any(ctx.needs_input_grad[6 : 6 + count])
+        ctx.save_for_backward(outputs[0] if trains else None, *weights)
+        ctx.columns, ctx.overlap, ctx.padding = columns, overlap, full.shape[0] % length
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+        full, *weights = ctx.saved_tensors
+        if ctx.columns is not None:
+            ctx.columns.forget()
+        of_full, *flat = [None if g is None else g.flatten(0, -2) for g in grads]
+        part: Callable[[], Optional[Tensor]] = _nothing
+        if ctx.needs_input_grad[0]:
+            gx = of_full if all(g is None for g in flat) else _input_gradient(flat, weights, of_full)
+            assert gx is not None  # autograd runs no backward without a gradient
+            if ctx.padding:
+                gx = torch.cat([gx, gx.new_zeros(ctx.padding, gx.shape[1])])
+            part = ctx.overlap.scatter(gx)
+        of_parameters = _parameter_gradients(
+            flat, None if full is None else full.flatten(0, 1), ctx.needs_input_grad[6:]
+        )
+        gathered = part()
+        return None if gathered is None else gathered[None], None, None, None, None, None, *of_parameters
+
+
+def _nothing() -> None:
+    return None
+
+
+def _parameter_gradients(
+    grads: list[Optional[Tensor]], x: Optional[Tensor], needs: tuple[bool, ...]
+) -> list[Optional[Tensor]]:
+    """``g_i^T x`` for each weight and ``sum g_i`` for each bias, where they are needed."""
+    gws = [None if g is None or x is None or not need else g.t() @ x for g, need in zip(grads, needs)]
+    gbs = [None if g is None or not need else g.sum(0) for g, need in zip(grads, needs[len(grads) :])]
+    return gws + gbs
+
+
+def _input_gradient(grads: list[Optional[Tensor]], weights: list[Tensor], more: Optional[Tensor] = None) -> Tensor:
+    """``sum_i g_i w_i`` as ``[T, K]``, accumulated by the matmuls themselves, and ``more``."""
     total: Optional[Tensor] = None
     for grad, weight in zip(grads, weights):
         if grad is not None:
             total = grad @ weight if total is None else total.addmm_(grad, weight)
+    if total is not None and more is not None:
+        total += more
     assert total is not None  # autograd runs no backward without a gradient
     return total
 
@@ -92,11 +153,16 @@ class ColumnGroup:
 
     def __init__(self, members: list["ColumnParallel"]) -> None:
         self.members = members
+        sizes = [member.layout.shape[member.layout.dim or 0] for member in members]
+        self.form = form_of("gather", members[0].matrix.shape[1], sizes)
         self.company = [0] * len(members)  # members with one number are computed together
         self.leaving: set[int] = set()
         self.input: Optional[Tensor] = None
         self.state: tuple[Any, ...] = ()
         self.results: dict[int, Tensor] = {}
+        self.offered = False  # whether the results were computed before anyone asked
+        self.declined = False
+        self.takes_offers = True
 
     def __call__(self, place: int, x: Tensor) -> Tensor:
         """The local output of member ``place`` on ``x``."""
@@ -106,15 +172,39 @@ class ColumnGroup:
         if place in self.results:
             if self.input is x and self.state == state:
                 return self._take(place)
-            if self.input is not x:
+            if self.offered:
+                self.declined = True
+            elif self.input is not x:
                 self.leaving |= self.results.keys()
         self.results = self._compute(place, x, self)
-        self.input, self.state = x, state
+        self.input, self.state, self.offered = x, state, False
         return self._take(place)
+
+    def gather(self, x: Tensor, overlap: Overlap, length: int) -> Optional[Tensor]:
+        """All tokens ``[B, S, K]`` of every rank's ``x [1, T_r, K]``; the members' outputs on them wait to be taken.
+
+        None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S.
+        """
+        alike = len(set(self.company)) == 1 and self.takes_offers
+        if not alike or not (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled(x.device.type):
+            return None
+        tracing = torch.compiler.is_compiling()
+        count = len(self.members)
+        weights, biases = [m.matrix for m in self.members], [m.bias for m in self.members]
+        columns = None if tracing else self
+        full, *outputs = _GatherColumns.apply(x, columns, overlap, self.form, length, count, *weights, *biases)
+        results = dict(enumerate(outputs))
+        if tracing:
+            setattr(full, _RIDE, (self, results))
+        else:
+            self.input, self.state, self.results, self.offered = full, _state(full), results, True
+        gathered: Tensor = full
+        return gathered
 
     def settle(self) -> None:
         """Between steps: drop what nobody asked for, and part those who read different tensors."""
         self.forget()
+        self.takes_offers &= not self.declined
         if self.leaving:
             apart = max(self.company) + 1
             self.company = [apart if at in self.leaving else number for at, number in enumerate(self.company)]
@@ -224,6 +314,35 @@ class ColumnParallelConv1D(ColumnParallel):
         return self.weight.t()
 
 
+class _RowScatter(torch.autograd.Function):
+    """Forward: ``x w^T`` of ``x [..., K_r]``, ``w [N, K_r]``, reduce-scattered over all tokens: ``[1, T_r, N]``.
+
+    Backward: the gradient of all tokens is gathered, ``gx = gY w`` and ``gw = gY^T x``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, overlap: Overlap, scatter: str, gather: str) -> Tensor:
+        ctx.overlap, ctx.form, ctx.shape = overlap, gather, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        x = x.flatten(0, -2)
+        padding = -x.shape[0] % overlap.mesh.tp_size
+        if padding:
+            x = torch.cat([x, x.new_zeros(padding, x.shape[1])])
+        part = overlap.matmul_scatter(x, weight, scatter)
+        return as_sequences(part, part.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Optional[Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        weights = [weight.t()] if ctx.needs_input_grad[0] else []
+        full, products = ctx.overlap.gather_matmul(grads[0][0], weights, [None] * len(weights), ctx.form)
+        tokens = ctx.shape[:-1].numel()
+        gx = products[0][:tokens].view(ctx.shape) if products else None
+        gw = None if x is None else full[:tokens].t() @ x.flatten(0, -2)
+        return gx, gw, None, None, None
+
+
 class RowParallel(nn.Module):
     """A linear cut along its input features: ``[..., K_r]`` -> ``[..., N]``, summed over the ranks.
 
@@ -235,17 +354,20 @@ class RowParallel(nn.Module):
     mesh: Mesh
     layout: Layout
     splits: bool
-    scatters: bool
+    scatters: Optional[Overlap]
+    forms: tuple[str, str]
     weight: Any
     bias: Any
 
     @classmethod
     def convert(
-        cls, module: nn.Module, mesh: Mesh, layout: Layout, *, split: bool = False, scatter: bool = False
+        cls, module: nn.Module, mesh: Mesh, layout: Layout, *, split: bool = False, scatter: Optional[Overlap] = None
     ) -> "RowParallel":
         """Change ``module`` in place; its weight must already be this rank's part."""
         converted: Any = become(module, cls, mesh, layout)
         converted.splits, converted.scatters = split, scatter
+        inputs, outputs = layout.shape[layout.dim or 0], converted.matrix.shape[0]
+        converted.forms = form_of("scatter", inputs, [outputs]), form_of("gather", outputs, [inputs])
         return converted
 
     @property
@@ -263,8 +385,13 @@ class RowParallel(nn.Module):
                 f" {input.shape[-1]} of them on tensor parallel rank {self.mesh.tp_rank}, where its part is"
                 f" {weight.shape[1]}: the layers before it must be cut by column rules that match this row rule."
             )
-        output = F.linear(input, weight)
-        output = scatter_tokens(output, self.mesh, reduce=True) if self.scatters else reduce_output(output, self.mesh)
+        if self.scatters is None:
+            output = reduce_output(F.linear(input, weight), self.mesh)
+        else:
+            if torch.is_autocast_enabled(input.device.type):
+                dtype = torch.get_autocast_dtype(input.device.type)
+                input, weight = input.to(dtype), weight.to(dtype)  # noqa: A001
+            output = _RowScatter.apply(input, weight, self.scatters, *self.forms)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:

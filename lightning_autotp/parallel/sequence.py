@@ -4,19 +4,17 @@ A rank's tokens are ``[1, T_r, H]``: its contiguous part of all ``T = B * S`` of
 rank has ``T_r = ceil(T / tp)``. Padding never reaches a loss, and its gradient is zero.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Optional, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed import _functional_collectives as functional
 
 from lightning_autotp.mesh import Mesh
-from lightning_autotp.parallel.collectives import all_gather
+from lightning_autotp.parallel.collectives import all_gather_rows
+from lightning_autotp.parallel.overlap import Overlap, as_sequences
 from lightning_autotp.plan import Region, SequencePlan
-
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed as all-gather's was
 
 
 class Batch:
@@ -56,19 +54,29 @@ class Batch:
         return self.length
 
 
-def apply_sequence(model: nn.Module, sequence: SequencePlan, mesh: Mesh, whole_routing: bool) -> Batch:
+class Columns(Protocol):
+    """Column linears that read a region's input, which can gather it themselves."""
+
+    def gather(self, x: Tensor, overlap: Overlap, length: int) -> Optional[Tensor]:
+        """All tokens ``[B, S, K]`` of every rank's ``x [1, T_r, K]``; None where the caller must gather them."""
+
+
+def apply_sequence(
+    model: nn.Module, sequence: SequencePlan, columns: Mapping[str, Columns], overlap: Overlap, whole_routing: bool
+) -> Batch:
     """Attach the gathers and scatters of ``sequence`` to the modules of a sharded ``model``.
 
     Args:
         model: the model, its layers already converted.
         sequence: where its blocks and regions are.
-        mesh: this process's place.
+        columns: by region, the columns in it, where they are one group.
+        overlap: how gathers and scatters run beside matmuls.
         whole_routing: refuse batches that need padding, which a router would count as tokens.
 
     Returns:
         what is remembered of a batch; its ``seen`` is to be cleared between steps.
     """
-    batch = Batch()
+    batch, mesh = Batch(), overlap.mesh
 
     def split(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def part(x: Tensor) -> Tensor:
@@ -88,22 +96,22 @@ def apply_sequence(model: nn.Module, sequence: SequencePlan, mesh: Mesh, whole_r
                     f" the padding for {mesh.tp_size} ranks; use longer ones."
                 )
             batch.begin(x.shape[1])
-            return scatter_tokens(x, mesh, reduce=False)
+            return scatter_tokens(x, mesh)
 
         return _on_hidden(args, kwargs, part)
 
     def join(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         length = batch.of(kwargs)
-        return _on_first(output, lambda x: _as_sequences(gather_tokens(x, mesh, reduce=False), length))
+        return _on_first(output, lambda x: gather_tokens(x, overlap, reduce=False, length=length))
 
     model.get_submodule(sequence.first).register_forward_pre_hook(split, with_kwargs=True)
     for region in sequence.regions:
-        _attach(model.get_submodule(region.module), region, batch, mesh)
+        _attach(model.get_submodule(region.module), region, columns.get(region.module), batch, overlap)
     model.get_submodule(sequence.last).register_forward_hook(join, with_kwargs=True)
     return batch
 
 
-def _attach(module: nn.Module, region: Region, batch: Batch, mesh: Mesh) -> None:
+def _attach(module: nn.Module, region: Region, columns: Optional[Columns], batch: Batch, overlap: Overlap) -> None:
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def gathered(x: Tensor) -> Tensor:
             if x.ndim != 3 or x.shape[0] != 1:
@@ -111,13 +119,14 @@ def _attach(module: nn.Module, region: Region, batch: Batch, mesh: Mesh) -> None
                     f"sequence_parallel: {region.module} is given {list(x.shape)}, which is not this rank's tokens of"
                     " the hidden states; leave it off for this model."
                 )
-            tokens = gather_tokens(x, mesh, reduce=region.reduces)
-            return _as_sequences(tokens, batch.of(kwargs)) if region.mixes else tokens
+            length = batch.of(kwargs) if region.mixes else overlap.mesh.tp_size * x.shape[1]
+            full = None if columns is None else columns.gather(x, overlap, length)
+            return gather_tokens(x, overlap, reduce=region.reduces, length=length) if full is None else full
 
         return _on_hidden(args, kwargs, gathered)
 
     def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return _on_first(output, lambda x: scatter_tokens(x, mesh, reduce=False))
+        return _on_first(output, lambda x: scatter_tokens(x, overlap.mesh))
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     if not region.reduces:
@@ -140,77 +149,61 @@ def _on_first(output: Any, change: Any) -> Any:
     return change(output)
 
 
-def _as_sequences(tokens: Tensor, length: int) -> Tensor:
-    """``[1, T, H]`` as ``[B, S, H]``, padding dropped."""
-    rows = tokens.shape[1] // length
-    return tokens[0, : rows * length].view(rows, length, tokens.shape[-1])
-
-
 class _GatherTokens(torch.autograd.Function):
-    """Forward: all-gather ``[1, T_r, H]`` -> ``[1, T, H]``. Backward: reduce-scatter of partial gradients, or part."""
+    """Forward: all-gather ``[1, T_r, H]`` -> ``[B, S, H]``. Backward: reduce-scatter of partial gradients, or part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh, reduce: bool) -> Tensor:
-        ctx.mesh, ctx.reduce = mesh, reduce
-        return _gathered(x, mesh)
+    def forward(ctx: Any, x: Tensor, overlap: Overlap, reduce: bool, length: int) -> Tensor:
+        full = all_gather_rows(x[0].contiguous(), overlap.mesh)
+        ctx.overlap, ctx.reduce, ctx.padding = overlap, reduce, full.shape[0] % length
+        return as_sequences(full, length)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return _part(grads[0][0], ctx.mesh, ctx.reduce), None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        grad = _padded(grads[0].flatten(0, 1), ctx.padding)
+        part = ctx.overlap.scatter(grad)() if ctx.reduce else _part(grad, ctx.overlap.mesh)
+        return part[None], None, None, None
 
 
 class _ScatterTokens(torch.autograd.Function):
-    """Forward: reduce-scatter of partial sums ``[T, H]`` -> ``[1, T_r, H]``, or a part. Backward: all-gather."""
+    """Forward: a part ``[1, T_r, H]`` of ``[..., H]``, which all ranks share. Backward: all-gather."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh, reduce: bool) -> Tensor:
-        ctx.mesh, ctx.tokens = mesh, x.shape[0]
-        padding = -x.shape[0] % mesh.tp_size
-        if padding:
-            x = torch.cat([x, x.new_zeros(padding, x.shape[1])])
-        return _part(x, mesh, reduce)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh, ctx.shape = mesh, x.shape
+        x = x.flatten(0, -2)
+        part = _part(_padded(x, -x.shape[0] % mesh.tp_size), mesh)
+        return as_sequences(part, part.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return _gathered(grads[0], ctx.mesh)[0, : ctx.tokens], None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        full = all_gather_rows(grads[0][0].contiguous(), ctx.mesh)
+        return full[: ctx.shape[:-1].numel()].view(ctx.shape), None
 
 
-def _gathered(x: Tensor, mesh: Mesh) -> Tensor:
-    """``[1, T_r, H]`` of every rank as ``[1, T, H]``; no view, so that what follows may change it in place."""
-    x = x.contiguous()
-    if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.all_gather_tensor(x[0], 0, mesh.tp_group))[None]
-    gathered = x.new_empty(1, mesh.tp_size * x.shape[1], x.shape[2])
-    all_gather(gathered[0], x[0], group=mesh.tp_group)
-    return gathered
+def _padded(x: Tensor, padding: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(padding, x.shape[1])]) if padding else x
 
 
-def _part(x: Tensor, mesh: Mesh, reduce: bool) -> Tensor:
-    """This rank's rows ``[1, T_r, H]`` of ``[T, H]``, summed over the ranks if they are partial; no view."""
+def _part(x: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's rows ``[T_r, H]`` of ``[T, H]``; no view, so that what follows may change it in place."""
     rows = x.shape[0] // mesh.tp_size
-    if not reduce:
-        return x[None, mesh.tp_rank * rows : (mesh.tp_rank + 1) * rows].clone()
-    x = x.contiguous()
-    if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.reduce_scatter_tensor(x, "sum", 0, mesh.tp_group))[None]
-    part = x.new_empty(1, rows, *x.shape[1:])
-    _reduce_scatter(part[0], x, group=mesh.tp_group)
-    return part
+    return x[mesh.tp_rank * rows : (mesh.tp_rank + 1) * rows].clone()
 
 
-def gather_tokens(x: Tensor, mesh: Mesh, *, reduce: bool) -> Tensor:
-    """All tokens ``[1, T, H]`` (padding included) from every rank's own ``[1, T_r, H]``.
+def gather_tokens(x: Tensor, overlap: Overlap, *, reduce: bool, length: int) -> Tensor:
+    """All tokens ``[B, S, H]``, S being ``length``, from every rank's own ``[1, T_r, H]``; padding is dropped.
 
     With ``reduce`` what reads them sees one rank's features, and its gradients are summed as they are scattered;
     without, it does the same on every rank.
     """
-    gathered: Tensor = _GatherTokens.apply(x, mesh, reduce)
+    gathered: Tensor = _GatherTokens.apply(x, overlap, reduce, length)
     return gathered
 
 
-def scatter_tokens(x: Tensor, mesh: Mesh, *, reduce: bool) -> Tensor:
-    """This rank's own tokens ``[1, T_r, H]`` of all, ``[..., H]``; with ``reduce`` of the sum over the ranks."""
-    part: Tensor = _ScatterTokens.apply(x.reshape(-1, x.shape[-1]), mesh, reduce)
+def scatter_tokens(x: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's own tokens ``[1, T_r, H]`` of all, ``[..., H]``, which every rank has alike."""
+    part: Tensor = _ScatterTokens.apply(x, mesh)
     return part

@@ -1,0 +1,239 @@
+"""Matmuls beside a gather or a scatter of tokens, and which of them run fused with it through symmetric memory.
+
+torch's ``fused_all_gather_matmul`` and ``fused_matmul_reduce_scatter`` (``torch.distributed._symmetric_memory``) move
+one rank's tokens while another's are multiplied. That hides the communication of many tokens and is slower than NCCL
+for few, so each shape is measured once and its fused form used from the size on at which it was faster.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+from lightning_autotp.mesh import Mesh
+from lightning_autotp.parallel.collectives import all_gather_rows
+
+SIZES = (2048, 4096, 8192, 16384)
+"""Numbers of tokens, of all ranks together, at which forms are measured."""
+
+_GAIN = 0.97
+"""A fused form is used if it takes at most this share of the other's time: less is within the noise."""
+
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed as all-gather's was
+
+
+def form_of(kind: str, inputs: int, outputs: Sequence[int]) -> str:
+    """The name of a matmul beside a collective, by the sizes of the unsharded weights: alike on every rank.
+
+    Args:
+        kind: ``"gather"`` (before the matmuls) or ``"scatter"`` (after it).
+        inputs: the features that go in.
+        outputs: the features of each product.
+    """
+    return f"{kind} {inputs} -> {' + '.join(map(str, outputs))}"
+
+
+@dataclass
+class Overlap:
+    """How a sharded model's matmuls run beside gathers and scatters of tokens.
+
+    Args:
+        mesh: this process's place.
+        on: whether anything overlaps (``tp_overlap_comm``).
+        fused_from: by form, the number of tokens from which on it runs fused; a form that is not here never does.
+        weights: by form, a call that gives this rank's weights, ``[N_i, K]``.
+    """
+
+    mesh: Mesh
+    on: bool
+    fused_from: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Callable[[], list[Tensor]]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Overlap":
+        return self
+
+    @property
+    def group_name(self) -> str:
+        """What torch's operators call the tensor parallel group."""
+        return self.mesh.tp_group.group_name
+
+    def fuses(self, form: str, x: Tensor, tokens: int) -> bool:
+        """Whether ``form`` runs fused on ``x`` for this many tokens of all ranks; alike on every rank."""
+        size = self.fused_from.get(form)
+        return size is not None and tokens >= size and x.dtype in (torch.bfloat16, torch.float16)
+
+    def gather_matmul(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Optional[Tensor]], form: str
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All tokens ``[T, K]`` of every rank's ``[T_r, K]``, and ``x w_i^T + b_i``, ``[T, N_i]``. No autograd."""
+        if weights and self.fuses(form, x, x.shape[0] * self.mesh.tp_size):
+            transposed = [w.t() for w in weights]
+            full, products = torch.ops.symm_mem.fused_all_gather_matmul(x.contiguous(), transposed, 0, self.group_name)
+            return full, [y if b is None else y.add_(b) for y, b in zip(products, biases)]
+        full = all_gather_rows(x.contiguous(), self.mesh)
+        return full, [F.linear(full, w, b) for w, b in zip(weights, biases)]
+
+    def matmul_scatter(self, x: Tensor, weight: Tensor, form: str) -> Tensor:
+        """This rank's tokens ``[T_r, N]`` of the sum over the ranks of ``x w^T``, ``x [T, K_r]``. No autograd."""
+        if self.fuses(form, x, x.shape[0]):
+            scattered: Tensor = torch.ops.symm_mem.fused_matmul_reduce_scatter(x, weight.t(), "sum", 0, self.group_name)
+            return scattered
+        return self.scatter(F.linear(x, weight))()
+
+    def scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start a reduce-scatter of partial sums ``[T, N]``; the call that is returned waits, and gives ``[T_r, N]``.
+
+        Without overlap it is done before this returns. ``x`` must not change before the wait. No autograd.
+        """
+        x = x.contiguous()
+        if torch.compiler.is_compiling():
+            return partial(functional.wait_tensor, functional.reduce_scatter_tensor(x, "sum", 0, self.mesh.tp_group))
+        part = x.new_empty(x.shape[0] // self.mesh.tp_size, *x.shape[1:])
+        work = _reduce_scatter(part, x, group=self.mesh.tp_group, async_op=self.on)
+
+        def wait() -> Tensor:
+            if work is not None:
+                work.wait()
+            return part
+
+        return wait
+
+    def measure(self) -> None:
+        """Find out which forms to run fused; every process must call it.
+
+        What was measured before on such a machine is read from ``~/.cache/lightning_autotp/overlap.json`` (or under
+        ``XDG_CACHE_HOME``), where it can be looked at; what was not takes some tenths of a second and is added.
+        """
+        self.fused_from = {}
+        dtypes = {weight.dtype for weights in self.weights.values() for weight in weights()}
+        if not self.on or not dtypes or dtypes - {torch.bfloat16, torch.float16} or not _everywhere(_shares(self.mesh)):
+            return
+        # multicast can take the GPUs of a whole host down, and nothing here needs it
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        path, machine = _cache(), _machine(self.mesh)
+        handed: list[Any] = [_read(path).get(machine, {}) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(handed, src=0)
+        known: dict[str, dict[str, list[float]]] = handed[0]
+        try:
+            new = {form: self._times(form) for form in self.weights if form not in known}
+        except RuntimeError as error:  # alike on all ranks: a group has symmetric memory or it has not
+            rank_zero_warn(f"symmetric memory cannot be used here, NCCL is instead: {error}")
+            return
+        if new and dist.get_rank() == 0:
+            _write(path, machine, new)
+        found = {form: _fastest_from((known | new)[form]) for form in self.weights}
+        self.fused_from = {form: size for form, size in found.items() if size is not None}
+
+    @torch.no_grad()
+    def _times(self, form: str) -> dict[str, list[float]]:
+        """The milliseconds that a form takes on the slowest rank, with NCCL and fused, for each of :data:`SIZES`."""
+        weights = self.weights[form]()
+        times: dict[str, list[float]] = {"nccl": [], "fused": []}
+        for size in SIZES:
+            rows = size // self.mesh.tp_size if form.startswith("gather") else size
+            x = torch.zeros(rows, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
+            for way, first in (("nccl", None), ("fused", 0)):
+                self.fused_from = {} if first is None else {form: first}
+                times[way].append(_milliseconds(lambda x=x: self._run(form, x, weights), x.device))  # type: ignore[misc]
+        slowest = torch.tensor([times["nccl"], times["fused"]], dtype=torch.float64, device=weights[0].device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return dict(zip(times, slowest.tolist()))
+
+    def _run(self, form: str, x: Tensor, weights: list[Tensor]) -> Any:
+        if form.startswith("gather"):
+            return self.gather_matmul(x, weights, [None] * len(weights), form)
+        return self.matmul_scatter(x, weights[0], form)
+
+
+def as_sequences(tokens: Tensor, length: int) -> Tensor:
+    """``[T, N]`` as ``[B, length, N]``, what does not fill a sequence (padding) dropped.
+
+    No view to autograd, which forbids to change views that a function puts out.
+    """
+    whole = tokens.shape[0] // length * length
+    tokens = tokens if whole == tokens.shape[0] else tokens[:whole].clone()
+    return torch.ops.aten._unsafe_view(tokens, [-1, length, tokens.shape[1]])
+
+
+def _milliseconds(work: Callable[[], Any], device: torch.device, count: int = 10) -> float:
+    for _ in range(3):
+        work()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(torch.cuda.current_stream(device))
+    for _ in range(count):
+        work()
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return start.elapsed_time(end) / count
+
+
+def _fastest_from(times: dict[str, list[float]]) -> Optional[int]:
+    """The size from which on the fused form is faster at every size that was measured."""
+    found = None
+    for size, nccl, fused in reversed(list(zip(SIZES, times["nccl"], times["fused"]))):
+        if fused > _GAIN * nccl:
+            break
+        found = size
+    return found
+
+
+def _shares(mesh: Mesh) -> bool:
+    """Whether the GPUs of this process's tensor parallel group can reach each other's memory."""
+    if not torch.cuda.is_available() or "nccl" not in str(dist.get_backend(mesh.tp_group)):
+        return False
+    everyones: list[Any] = [None] * mesh.tp_size
+    device = torch.cuda.current_device()
+    dist.all_gather_object(everyones, (socket.gethostname(), device), group=mesh.tp_group)
+    if len({host for host, _ in everyones}) > 1 or len({place for _, place in everyones}) < mesh.tp_size:
+        return False
+    if any(place >= torch.cuda.device_count() for _, place in everyones):
+        return False
+    return all(torch.cuda.can_device_access_peer(device, place) for _, place in everyones if place != device)
+
+
+def _everywhere(mine: bool) -> bool:
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    return all(everyones)
+
+
+def _machine(mesh: Mesh) -> str:
+    return f"{mesh.tp_size} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lightning_autotp" / "overlap.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or half a file
+        return {}
+    sizes = list(SIZES)
+    return {k: v for k, v in found.items() if k != "tokens"} if found.get("tokens") == sizes else {}
+
+
+def _write(path: Path, machine: str, new: dict[str, Any]) -> None:
+    """Add measurements; a cache that cannot be written costs the next run their time and no more."""
+    found = _read(path)
+    found[machine] = found.get(machine, {}) | new
+    half = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text(json.dumps({"tokens": list(SIZES), **found}, indent=1) + "\n")
+        half.replace(path)
+    except OSError as error:
+        rank_zero_warn(f"{path} could not be written, so that the next run measures again: {error}")

@@ -1,0 +1,85 @@
+"""The speed switches of the strategy, alone and together: every combination trains the unsharded run's numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_autotp import AutoTPStrategy
+from tests import models
+from tests.sharded_runs import assert_parity, batches_for, reference_run, sharded_run
+from tests.test_cross_entropy import LossModel, checkpointed_llama
+
+SWITCHES = ("sequence_parallel", "loss_parallel", "tp_overlap_comm", "compile")
+TOGETHER = [
+    {name: name in on for name in SWITCHES}
+    for on in (
+        *combinations(SWITCHES[:3], 2),
+        SWITCHES[:3],
+        ("compile",),
+        ("sequence_parallel", "compile"),
+        SWITCHES,
+    )
+]
+"""Whatever compiles takes seconds."""
+
+
+def name_of(switches: dict[str, bool]) -> str:
+    return "+".join(name.partition("_")[0] for name, on in switches.items() if on)
+
+
+def check(tp_size: int, switches: dict[str, bool], factory: Any = models.tiny_llama, **trainer: Any) -> LossModel:
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"kv_heads": 2, "tied": True, "vocab": 131}
+    batches = batches_for(131)
+    model = LossModel(batches, factory, "hf", **options)
+    defaults = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "use_distributed_sampler": False}
+    strategy = AutoTPStrategy(autotp_size=tp_size, **switches)  # type: ignore[arg-type]
+    models.quiet_trainer(strategy=strategy, **defaults, **trainer).fit(model)
+    assert_parity(model, partial(reference_run, models.tiny_llama, batches, **options))
+    compiled = [layer._compiled_call_impl is not None for layer in model.model.get_submodule("model.layers").children()]
+    assert compiled == [switches["compile"]] * len(compiled)
+    return model
+
+
+@pytest.mark.parametrize("switches", TOGETHER, ids=name_of)
+@pytest.mark.ranks(2, timeout=240)
+def test_a_run_with_switches_is_the_unsharded_run_at_tp2(switches: dict[str, bool]) -> None:
+    check(2, switches)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.ranks(4, timeout=240)
+def test_eager_switches_at_tp2_dp2_and_at_tp4_with_shared_key_heads(tp_size: int) -> None:
+    check(tp_size, dict.fromkeys(SWITCHES, True) | {"compile": False})
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_all_switches_with_checkpointed_blocks() -> None:
+    check(2, dict.fromkeys(SWITCHES, True), checkpointed_llama)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_compile_needs_blocks() -> None:
+    rules = {"layer_specs": [{"patterns": [r".*head\.weight$"], "partition_type": "column", "gather_output": True}]}
+    strategy = AutoTPStrategy(autotp_size=2, compile=True, partition_config=rules)
+    with pytest.raises(ValueError, match=r"^compile: it needs lists of blocks"):
+        sharded_run(strategy, Headed, batches_for(128)[:2])
+
+
+class Headed(nn.Module):
+    """Nothing but an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, 16)
+        self.head = nn.Linear(16, 128)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embedding(tokens))
+        return logits
