@@ -119,7 +119,7 @@ def test_fused_forms_give_the_numbers_of_nccl(compiled: bool) -> None:
     plain = gradients(sharded_llama(torch.bfloat16, compiled=compiled), tokens)
     model = sharded_llama(torch.bfloat16, compiled=compiled)
     forms(model).fused_from = dict.fromkeys(forms(model).weights, 0)
-    called = []
+    gradients(model, tokens)  # compiles
     operators = ("fused_all_gather_matmul", "fused_matmul_reduce_scatter")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         fused = gradients(model, tokens)
@@ -192,9 +192,8 @@ def test_no_step_waits_for_the_gpu_because_of_us(compiled: bool) -> None:
     trainer = quiet_trainer(strategy=strategy, precision="bf16-true", gradient_clip_val=0.5, max_steps=6)
     trainer.fit(model)
     print("\n".join(sorted(model.seen)))
-    assert [
-        place for place in model.seen if "lightning_autotp/lightning_autotp" in place or "/transformers/" in place
-    ] == []
+    ours = str(Path(overlap.__file__).parents[1])
+    assert not [place for place in model.seen if place.startswith(ours)]
     torch.cuda.set_sync_debug_mode("warn")
     with pytest.warns(UserWarning, match="synchroniz"):  # the mode does see it
         torch.ones(1, device=rank_device()).item()

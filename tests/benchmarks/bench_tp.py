@@ -32,12 +32,16 @@ PEERS = ("deepspeed", "deepspeed_noclip", "dtensor", "dtensor_sp", "hf")
 OURS = ("ours", "ours_lp", "ours_sp", "ours_sp_lp")
 MODES = ("single", *PEERS, *OURS, "ours_trainer")
 
+WITHOUT_EXPERTS = ("deepspeed", "dtensor")
+"""Modes whose layer rules are written for Llama."""
+
 OTHER_STEPS = {"deepspeed": "clips the gradients to a norm of 1, its default"}
 """Modes that train otherwise than the rest, so that their loss says nothing."""
 
 # Llama-3-8B's layer on GPUs; what takes some tens of milliseconds a step on a CPU core.
 GPU = {"layers": 8, "hidden": 4096, "inter": 14336, "heads": 32, "kv": 8, "seq": 4096, "batch": 4, "vocab": 128256}
 CPU = {"layers": 4, "hidden": 256, "inter": 768, "heads": 8, "kv": 4, "seq": 128, "batch": 4, "vocab": 4096}
+GPU["experts"] = CPU["experts"] = 0  # a Llama; a Mixtral if there are any, of which a token sees two
 
 PEAK_FLOPS = 989e12
 """A second, of an H100 (SXM) and an H200, bf16, dense: NVIDIA's data sheets."""
@@ -156,6 +160,9 @@ def run(given: argparse.Namespace, folder: Path, rows: dict[str, Row]) -> None:
         alive: dict[str, Mode] = {}
         try:
             for name in names:
+                if given.experts and name.startswith(WITHOUT_EXPERTS):
+                    rows[name] = {"note": "skipped: its plan here is for models without experts"}
+                    continue
                 if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
                     rows[name] = {"note": "skipped: deepspeed is not installed"}
                     continue
@@ -260,7 +267,8 @@ def flops_per_token(given: argparse.Namespace) -> float:
     """
     head_dim = given.hidden // given.heads
     attention = 2 * given.hidden * given.hidden + 2 * given.hidden * given.kv * head_dim
-    weights = given.layers * (attention + 3 * given.hidden * given.inter) + given.hidden * given.vocab
+    gated = 3 * given.hidden * given.inter * min(2, given.experts or 1)
+    weights = given.layers * (attention + gated) + given.hidden * given.vocab
     return 6.0 * weights + 6.0 * given.layers * given.hidden * given.seq
 
 

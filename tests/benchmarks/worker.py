@@ -38,6 +38,7 @@ class Settings:
     seq: int
     batch: int
     vocab: int
+    experts: int
     steps: int
     warmup: int
     rounds: int
@@ -149,9 +150,12 @@ class Clock:
 
 def build(settings: Settings) -> Any:
     """The whole model, the same in all modes and on all ranks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    config = LlamaConfig(  # type: ignore[call-arg, unused-ignore]
+    experts = {"num_local_experts": settings.experts} if settings.experts else {}
+    kind: Any = MixtralConfig if settings.experts else LlamaConfig
+    config = kind(
+        **experts,
         hidden_size=settings.hidden,
         intermediate_size=settings.inter,
         num_attention_heads=settings.heads,
@@ -167,7 +171,7 @@ def build(settings: Settings) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(settings.dtype)
     with settings.device:
-        model = LlamaForCausalLM(config)
+        model = (MixtralForCausalLM if settings.experts else LlamaForCausalLM)(config)
     torch.set_default_dtype(default)
     return model
 
@@ -250,16 +254,14 @@ def shard_dtensor_sp(model: Any, settings: Settings) -> Any:
 
 def shard_hf(model: Any, settings: Settings, folder: Path) -> Any:
     """Transformers' own: from_pretrained(tp_plan="auto")."""
-    from transformers import LlamaForCausalLM
-
-    path = str(folder / "hf_checkpoint")
+    kind, path = type(model), str(folder / "hf_checkpoint")
     if RANK == 0:
         model.save_pretrained(path)
     dist.barrier()
     del model
     if not settings.cpu:
         torch.cuda.empty_cache()
-    model = LlamaForCausalLM.from_pretrained(path, tp_plan="auto", dtype=settings.dtype)
+    model = kind.from_pretrained(path, tp_plan="auto", dtype=settings.dtype)
     model.config.use_cache = False
     return model
 
@@ -304,6 +306,7 @@ def shard_ours(model: Any, settings: Settings, options: set[str]) -> Callable[[]
         set_loss_parallel(model, plan, True)
     found = sharded(model)
     assert found is not None
+    found.overlap.measure()
     gradients = TPGradients(model, found)
 
     def complete() -> None:
