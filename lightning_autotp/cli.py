@@ -1,7 +1,7 @@
 """``lightning-autotp fit|validate|test|predict|plan --config FILE``: LightningCLI, and the plan without a run.
 
-``lightning-autotp verify`` is no part of LightningCLI: it needs no config, see
-:mod:`lightning_autotp.verification.sweep`.
+``lightning-autotp verify`` and ``estimate`` are no part of LightningCLI: they need no config, see
+:mod:`lightning_autotp.verification.sweep` and :mod:`lightning_autotp.estimation.command`.
 """
 
 import sys
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_autotp.estimation import command
 from lightning_autotp.planner import make_plan
 from lightning_autotp.strategy import AutoTPStrategy
 from lightning_autotp.table import print_plan
@@ -70,6 +71,8 @@ def main(args: Optional[list[str]] = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] == ["verify"]:
         sys.exit(sweep.main(given[1:]))
+    if given[:1] == ["estimate"]:
+        sys.exit(command.main(given[1:]))
     at = given.index("--resume") if "--resume" in given else None
     if at is not None:
         given[at : at + 1] = ["--ckpt_path", "last"]

@@ -59,8 +59,10 @@ class Subgroups:
         groups = {tuple(range(mesh.tp_size)): mesh.tp_group}
         missing = sorted(set(sets) - groups.keys())
         if missing:
-            everyones: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyones, tuple(dist.get_process_group_ranks(mesh.tp_group)))
+            mine = tuple(dist.get_process_group_ranks(mesh.tp_group))
+            everyones: list[Any] = [mine] * dist.get_world_size()
+            if mesh.dp_size > 1:
+                dist.all_gather_object(everyones, mine)
             models = sorted(set(everyones))
             for members in missing:
                 group, _ = dist.new_subgroups_by_enumeration([[ranks[m] for m in members] for ranks in models])

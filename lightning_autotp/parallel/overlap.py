@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory  # noqa: F401 - registers torch.ops.symm_mem
+import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem
 import torch.nn.functional as F
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor

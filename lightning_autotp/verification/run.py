@@ -82,17 +82,22 @@ class Refused(Exception):
 
 def _build(case: Case) -> tuple[nn.Module, list[dict[str, Any]]]:
     torch.manual_seed(0)
-    module, colon, name = case.source.partition(":")
-    if colon:
-        factory = importlib.import_module(module)
-        for attribute in name.split("."):
-            factory = getattr(factory, attribute)
-        model, batches = factory()  # type: ignore[operator]
-        return model, list(batches)
+    if ":" in case.source:
+        return from_factory(case.source)
     from lightning_autotp.verification.small import small_batches, small_config, small_model
 
     config = small_config(case.source, kv_heads=case.kv_heads)
     return small_model(config), small_batches(config, case.steps)
+
+
+def from_factory(source: str) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The model and the batches that ``"module:factory"`` makes."""
+    module, _, name = source.partition(":")
+    factory = importlib.import_module(module)
+    for attribute in name.split("."):
+        factory = getattr(factory, attribute)
+    model, batches = factory()  # type: ignore[operator]
+    return model, list(batches)
 
 
 def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> _Run:
@@ -104,7 +109,7 @@ def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> _Run:
     hooks = [module.register_forward_hook(_recorder(name, run)) for name, module in model.named_modules()]
     for step in range(steps):
         torch.manual_seed(step)
-        loss = _loss(model(**batches[step % len(batches)]))
+        loss = loss_of(model(**batches[step % len(batches)]))
         for hook in hooks:
             hook.remove()
         loss.backward()
@@ -148,7 +153,8 @@ def _first_difference(got: Sequence[tuple[str, Tensor]], want: Sequence[tuple[st
     return next((n for n in wrong if not any(o == "" or n.startswith(f"{o}.") for o in right if o != n)), "")
 
 
-def _loss(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returns: the output itself, or its ``loss``."""
     if isinstance(output, Tensor):
         return output
     loss: Tensor = output["loss"] if isinstance(output, Mapping) else output.loss

@@ -91,7 +91,7 @@ _LAYER_NUMBERS = {"moe_layers": 0, "mlp_only_layers": 0, "ple_layer_ids": 1}
 _DROPPED = ("qk_head_dim", "dtype", "torch_dtype", "quantization_config", "architectures", "auto_map")
 """Fields that others decide, or that are of a checkpoint."""
 
-_FEATURES: dict[str, dict[str, Any]] = {
+FEATURES: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"mlp_layer_types": ["dense", *39 * ["sparse"]], "num_shared_experts": 1},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 20,
@@ -185,7 +185,7 @@ def small_config(source: Union[str, PathLike[str]], *, kv_heads: int = 2) -> Pre
         given = json.loads(path.read_text())
         name = given.get("model_type")
     else:
-        name, given = str(source), _FEATURES.get(str(source), {})
+        name, given = str(source), FEATURES.get(str(source), {})
     if name not in CONFIG_MAPPING:
         raise ValueError(f"{str(source)!r} is neither a model type of transformers nor the path of a config.json.")
     cls = CONFIG_MAPPING[name]
@@ -209,7 +209,7 @@ def small_model(config: PretrainedConfig, *, seed: int = 0, tied: Optional[bool]
             part.tie_word_embeddings = tied
     with torch.random.fork_rng(devices=[]), _marked_uninitialized():
         torch.manual_seed(seed)
-        model: nn.Module = _auto_class(config).from_config(config).float()
+        model: nn.Module = auto_class(config).from_config(config).float()
     _redraw(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -221,7 +221,7 @@ def small_batches(config: PretrainedConfig, count: int, *, seed: int = 1) -> lis
     def numbers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=draw)
 
-    if _task(config) == "image":
+    if task(config) == "image":
         shape = (ROWS, config.num_channels, config.image_size, config.image_size)
         return [
             {"pixel_values": torch.randn(shape, generator=draw), "labels": numbers(config.num_labels or 2, ROWS)}
@@ -238,7 +238,7 @@ def small_batches(config: PretrainedConfig, count: int, *, seed: int = 1) -> lis
 
     batches = [{"input_ids": torch.stack([row() for _ in range(ROWS)])} for _ in range(count)]
     for batch in batches:
-        causal = _task(config) == "causal"
+        causal = task(config) == "causal"
         batch["labels"] = batch["input_ids"].clone() if causal else numbers(text.vocab_size, ROWS, TOKENS)
     return batches
 
@@ -353,7 +353,7 @@ def _cover(layers: Sequence[set[tuple[str, str]]]) -> list[int]:
     return sorted(kept)
 
 
-def _task(config: PretrainedConfig) -> str:
+def task(config: PretrainedConfig) -> str:
     """What the model of ``config`` is for: ``causal``, ``seq2seq``, ``masked`` or ``image``."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -365,12 +365,12 @@ def _task(config: PretrainedConfig) -> str:
     return "causal" if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "image"
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     """The class that makes the model of ``config``."""
     import transformers
 
     names = {"causal": "CausalLM", "seq2seq": "Seq2SeqLM", "masked": "MaskedLM", "image": "ImageClassification"}
-    return getattr(transformers, f"AutoModelFor{names[_task(config)]}")
+    return getattr(transformers, f"AutoModelFor{names[task(config)]}")
 
 
 @contextmanager

@@ -1,17 +1,13 @@
 """``lightning-autotp verify``: one model in detail, or many in a table."""
 
 import argparse
-import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
-
-from lightning_autotp.config import TPTrainingConfig
+from lightning_autotp.options import add_config_options, config_of
 from lightning_autotp.verification.errors import TOLERANCE
 from lightning_autotp.verification.pool import Pool
 from lightning_autotp.verification.report import Report
@@ -33,7 +29,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     sys.path.insert(0, os.getcwd())  # for module:factory, as python -m would
     sizes: list[int] = options.tp or ([2] if options.sweep is None else [2, 4])
     settings = {
-        "config": _config(options),
+        "config": config_of(options),
         "steps": options.steps,
         "tolerance": options.tolerance,
         "kv_heads": options.kv_heads,
@@ -154,21 +150,6 @@ def _note(reports: Sequence[Report]) -> str:
     return "; ".join(note if everywhere else f"TP={'/'.join(map(str, at))}: {note}" for note, at in notes.items())
 
 
-def _config(options: Any) -> TPTrainingConfig:
-    given: dict[str, Any] = {}
-    if options.preset is not None:
-        given["preset_model"] = options.preset
-    if options.overlap:
-        given["tp_overlap_comm"] = True
-    if options.rules is None:
-        return TPTrainingConfig.load(given)
-    text = Path(options.rules).read_text()
-    document = json.loads(text) if re.search(r"\.json$", options.rules) else yaml.safe_load(text)
-    if isinstance(document, dict) and "layer_specs" in document:
-        return TPTrainingConfig.load({"partition_config": document, **given})
-    return TPTrainingConfig.load(options.rules, **given)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-autotp verify",
@@ -177,9 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="*", help="Hugging Face model types, paths of a config.json, or module:factory")
     parser.add_argument("--model-types", default="", metavar="A,B,C", help="more model types")
     parser.add_argument("--tp", type=int, action="append", metavar="N", help="tensor parallel size; may be repeated")
-    parser.add_argument("--preset", metavar="NAME", help="preset_model")
-    parser.add_argument("--rules", metavar="FILE", help="YAML or JSON: a partition_config, or a whole config")
-    parser.add_argument("--overlap", action="store_true", help="tp_overlap_comm")
+    add_config_options(parser)
     parser.add_argument("--sequence-parallel", action="store_true", help="run with sequence_parallel")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads of the small model (2)")

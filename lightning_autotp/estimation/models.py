@@ -1,0 +1,109 @@
+"""Models in full size and their batches, built where tensors have no memory."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_autotp.estimation.job import PRECISIONS, Job
+from lightning_autotp.verification.run import from_factory
+from lightning_autotp.verification.small import FEATURES, auto_class, task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LONGEST = 4096
+"""Tokens a sequence, where neither the job nor the model says fewer."""
+
+
+def build(job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a job, in the precision's dtype and ready to train, and one batch: keyword arguments of its forward.
+
+    Raises:
+        ValueError: if the model cannot be read, or cannot be checkpointed; the message names the fix.
+    """
+    dtype, _ = PRECISIONS[job.precision]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as Lightning does around the model
+    try:
+        model, batch = _from_factory(job.model) if ":" in job.model else _from_config(_config(job.model), job)
+    finally:
+        torch.set_default_dtype(before)
+    if dtype != torch.float32:
+        _convert(model, dtype)
+    if job.checkpointing:
+        _checkpoint(model)
+    return model.train(), batch
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """``model.to(dtype)``, which torch refuses for fake tensors."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _checkpoint(model: nn.Module) -> None:
+    old, new = (getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("gradient", "activation"))
+    enable = new or old  # renamed in transformers 5.23
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise ValueError(f"checkpointing: {type(model).__name__} has no gradient checkpointing; leave it off.")
+    # random states cannot be kept of tensors without memory, and say nothing about what a step costs
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+
+
+def _from_factory(source: str) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        model, batches = from_factory(source)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model: {source!r} cannot be imported ({error}); give module:factory.") from None
+    if not batches:
+        raise ValueError(f"model: {source!r} returns no batch; return (model, [batch, ...]).")
+    return model, batches[0]
+
+
+def _from_config(config: "PretrainedConfig", job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():  # some of it looks at what it drew
+        model = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+    model.tie_weights()
+    rows = job.batch or 1
+    if task(config) == "image":
+        pixels = torch.zeros(rows, config.num_channels, config.image_size, config.image_size)
+        return model, {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or _LONGEST
+    ids = torch.zeros(rows, job.seq or min(longest, _LONGEST), dtype=torch.long)
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def _config(source: str) -> "PretrainedConfig":
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        try:
+            given = json.loads(path.read_text())
+            return CONFIG_MAPPING[given["model_type"]].from_dict(given)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"model: {str(path)!r} cannot be read ({type(error).__name__}: {error}); it must be JSON with a"
+                " `model_type` that transformers knows."
+            ) from None
+    if source in CONFIG_MAPPING:
+        return CONFIG_MAPPING[source].from_dict(deepcopy(FEATURES.get(source, {})))
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        try:
+            return AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"model: {source!r} cannot be read from the hub ({first}); give a config.json.") from None
+    raise ValueError(
+        f"model: {source!r} is neither a model type of transformers, nor the path of a config.json, nor a hub name"
+        " (owner/name), nor module:factory."
+    )

@@ -1,0 +1,185 @@
+"""One training step of one rank of a job, without weights, GPUs or other ranks.
+
+Tensors are torch's fake ones, which have shapes and no memory; the other tensor parallel ranks are those of torch's
+fake process group, whose collectives do nothing. Everything else is what ``AutoTPStrategy`` does. Rank 0 holds the most
+where a cut is uneven.
+
+Fake tensors are said to be on the CPU. What is not the same on a GPU: attention is the CPU's flash kernel, which keeps
+what CUDA's does (query, key, value, output, one number a token and head; transformers gives both the key heads
+unrepeated) but needs less while it works; autocast has other lists of ops there, so that mixed precision is less exact.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend
+
+from lightning_autotp.apply import apply_plan, sharded
+from lightning_autotp.estimation.job import PRECISIONS, Job
+from lightning_autotp.estimation.models import build
+from lightning_autotp.estimation.tracker import Collective, StepTracker, Work
+from lightning_autotp.gradients import TPGradients
+from lightning_autotp.loss import set_loss_parallel
+from lightning_autotp.mesh import build_mesh
+from lightning_autotp.plan import ShardingPlan
+from lightning_autotp.planner import make_plan
+from lightning_autotp.sequence import parallel_sequence
+from lightning_autotp.verification.run import loss_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds between steps without data parallelism; all in bytes, but for the number of parameters.
+
+    Args:
+        parameters: how many numbers the unsharded model has.
+        weights: of this rank's parameters.
+        trained: of those of them that train.
+        buffers: of this rank's buffers.
+        block: of the parameters of the largest block (a numbered layer).
+        outside: of the parameters that are in no block.
+    """
+
+    parameters: int
+    weights: int
+    trained: int
+    buffers: int
+    block: int
+    outside: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in a step, without data parallelism; see :class:`StepTracker`.
+
+    Args:
+        held: what is there between steps.
+        tokens: how many a data parallel rank reads; 0 for a model that reads none.
+        forward, kept, backward: bytes of activations and of what else comes and goes.
+        work: what is computed.
+        collectives: what is sent.
+    """
+
+    held: Held
+    tokens: int
+    forward: int
+    kept: int
+    backward: dict[int, int]
+    work: Counter[Work]
+    collectives: Counter[Collective]
+
+
+def run_step(job: Job) -> Step:
+    """Run one step of ``job``.
+
+    Raises:
+        ValueError: if the model cannot be read, its plan is refused, or its step needs to know the values of tensors.
+        RuntimeError: if this process belongs to a process group already.
+    """
+    with _pretended_ranks(job.tp), FakeTensorMode(), _unseen_values():
+        try:
+            return _run_step(job)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"model: {job.model}'s step depends on the values of its tensors (in {error.func}), and an estimate"
+                " has none; estimate a model of the same sizes without such code."
+            ) from None
+
+
+def _run_step(job: Job) -> Step:
+    model, batch = build(job)
+    plan = make_plan(model, job.config, job.tp)
+    if job.sequence_parallel and job.tp > 1:
+        plan = parallel_sequence(model, plan)
+    mesh = build_mesh(job.tp, job.config.tensor_parallel)
+    apply_plan(model, plan, mesh, torch.device("cpu"), overlap=job.config.tp_overlap_comm)
+    set_loss_parallel(model, plan, job.loss_parallel)
+    tracker = _tracked(model, batch, job)
+    tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
+    found = (tracker.forward, tracker.kept, tracker.backward, tracker.work, tracker.collectives)
+    return Step(_held(model, plan), tokens, *found)
+
+
+def _tracked(model: nn.Module, batch: dict[str, Any], job: Job) -> StepTracker:
+    """A step as it is once column linears have learned which of them share an input."""
+    found = sharded(model)
+    assert found is not None
+    gradients = TPGradients(model, found)
+    known = [*model.parameters(), *model.buffers(), *(x for x in batch.values() if isinstance(x, Tensor))]
+    _, autocast = PRECISIONS[job.precision]
+    learned = False
+    while not learned:
+        with StepTracker(model, known) as tracker:
+            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                loss = loss_of(model(**batch))
+            tracker.begin_backward()
+            loss.backward()
+            gradients.complete()
+        learned = not any(group.leaving for group in found.columns)
+        found.settle()
+        model.zero_grad()
+    return tracker
+
+
+def _held(model: nn.Module, plan: ShardingPlan) -> Held:
+    blocks: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        block = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
+        blocks[block[0] if block else ""] += parameter.nbytes
+    outside = blocks.pop("", 0)
+    return Held(
+        sum(prod(plan.parameters[name].layout.shape) for name, _ in model.named_parameters()),
+        sum(parameter.nbytes for parameter in model.parameters()),
+        sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        sum(buffer.nbytes for buffer in model.buffers()),
+        max(blocks.values(), default=0),
+        outside,
+    )
+
+
+@contextmanager
+def _pretended_ranks(count: int) -> Iterator[None]:
+    if dist.is_initialized():
+        raise RuntimeError(
+            "estimate: this process belongs to a process group, and an estimate pretends to have one of its own; call"
+            " it in another process."
+        )
+    dist.init_process_group("fake", rank=0, world_size=count, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _unseen_values() -> Iterator[None]:
+    """Where transformers looks at values, or for what only a GPU's or a CPU's real tensors can do.
+
+    It looks in the positions for packed sequences, and takes an attention mask where it cannot see them; the fake form
+    of the grouped product of experts knows bf16 only, for other dtypes there is transformers' own.
+    """
+    try:
+        from transformers import masking_utils
+        from transformers.integrations import moe
+    except ImportError:
+        yield
+        return
+    with (
+        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        mock.patch.object(moe, "_can_use_grouped_mm", lambda x, weight, offs: weight.dtype == torch.bfloat16),
+    ):
+        yield

@@ -1,0 +1,193 @@
+"""What a step allocates, computes and sends, seen op by op.
+
+Works on real and on fake tensors alike: it looks at the storages that ops make and at when these are freed.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+_ROUNDED_TO = 512
+"""Bytes: what torch's CUDA allocator rounds every tensor up to."""
+
+_aten, _c10d = torch.ops.aten, torch.ops.c10d
+_COLLECTIVES = {
+    _c10d.allreduce_: ("all-reduce", 1),
+    _c10d._allgather_base_: ("all-gather", 2),
+    _c10d._reduce_scatter_base_: ("reduce-scatter", 2),
+    _c10d.broadcast_: ("broadcast", 1),
+}
+"""Ops that communicate: the name for people, and which argument is the group."""
+
+_MATMULS = {
+    **dict.fromkeys(("aten.mm", "aten.bmm", "aten._grouped_mm", "transformers.grouped_mm_fallback"), 0),
+    **dict.fromkeys(("aten.addmm", "aten.addmm_", "aten.baddbmm"), 1),
+}
+"""Matrix products by name (transformers' own is registered as it is first used): which argument is the first matrix."""
+
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: (0, 4, 1.0),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 7, 2.5),
+}
+"""Attention kernels: which arguments are the query (key and value follow) and ``is_causal``, and how many times the
+forward pass's operations they do (backward: five products instead of two)."""
+
+_UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_LOOKUPS = {_aten.embedding, _aten.index, _aten.gather}
+"""Ops that read no more of their first input than they write."""
+
+
+class Work(NamedTuple):
+    """An op: floating-point operations, the bytes it reads and writes, and whether it multiplies fp32 matrices."""
+
+    flops: int
+    moved: int
+    fp32: bool
+
+
+class Collective(NamedTuple):
+    """A collective: ``all-reduce`` or the like, over how many ranks, and the bytes of its full tensor on a rank."""
+
+    kind: str
+    ranks: int
+    size: int
+
+
+class StepTracker(TorchDispatchMode):
+    """Inside, counts what ops allocate besides ``known``, what they compute, and collectives.
+
+    Args:
+        model: its gradients are told from other memory as they arrive.
+        known: tensors that are there before the step, and are not counted: parameters, buffers, the batch.
+
+    Attributes:
+        forward: bytes, the most that was alive in the forward pass.
+        kept: bytes that were alive at its end, for the backward pass.
+        backward: by bytes of gradients there, the most bytes besides them that were alive.
+        work: how often each kind of op ran, outside collectives.
+        collectives: how often each collective ran.
+    """
+
+    def __init__(self, model: nn.Module, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.forward = self.kept = 0
+        self.backward: dict[int, int] = {}
+        self.work: Counter[Work] = Counter()
+        self.collectives: Counter[Collective] = Counter()
+        self._model = model
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._others: dict[int, int] = {}
+        self._gradients: dict[int, int] = {}
+        self._alive = self._alive_gradients = 0
+        self._in_backward = False
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "StepTracker":
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._has_gradient))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin_backward(self) -> None:
+        """The forward pass is done."""
+        self.kept = self._alive
+        self._in_backward = True
+        self._look()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Optional[dict[str, Any]] = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
+        if outputs:
+            made = [self._allocated(tensor) for tensor in outputs]
+            packet = func.overloadpacket
+            if packet in _COLLECTIVES:
+                self._communicates(packet, args)
+            elif (any(made) or func._schema.is_mutable) and packet not in _UNWRITTEN:
+                self.work[_work(packet, args, kwargs, output, outputs)] += 1
+        return output
+
+    def _allocated(self, tensor: Tensor) -> bool:
+        """Whether the storage of ``tensor`` is new; then it is counted until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._others or key in self._gradients:
+            return False
+        self._others[key] = size = -(-storage.nbytes() // _ROUNDED_TO) * _ROUNDED_TO
+        self._alive += size
+        weakref.finalize(storage, self._freed, key)
+        self._look()
+        return True
+
+    def _freed(self, key: int) -> None:
+        self._alive -= self._others.pop(key, 0)
+        self._alive_gradients -= self._gradients.pop(key, 0)
+
+    def _has_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._others:
+            self._gradients[key] = size = self._others.pop(key)
+            self._alive -= size
+            self._alive_gradients += size
+            self._look()
+
+    def _look(self) -> None:
+        if self._in_backward:
+            gradients = self._alive_gradients
+            self.backward[gradients] = max(self._alive, self.backward.get(gradients, 0))
+        else:
+            self.forward = max(self.forward, self._alive)
+
+    def _communicates(self, packet: Any, args: tuple[Any, ...]) -> None:
+        kind, group = _COLLECTIVES[packet]
+        size = max(_bytes(leaf) for leaf in tree_iter(args) if isinstance(leaf, Tensor))
+        self.collectives[Collective(kind, ProcessGroup.unbox(args[group]).size(), size)] += 1
+
+
+def _work(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, outputs: list[Tensor]) -> Work:
+    read = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+    written = sum(map(_bytes, outputs))
+    if packet in _LOOKUPS:
+        return Work(0, 2 * written + sum(map(_bytes, read[1:])), False)
+    flops = _flops(packet, args, kwargs, output)
+    return Work(flops, written + sum(map(_bytes, read)), flops > 0 and read[0].dtype == torch.float32)
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    name = str(packet)
+    if name in _MATMULS:
+        return 2 * args[_MATMULS[name]].numel() * output.shape[-1]
+    if name == "transformers.grouped_mm_fallback_backward":
+        return 4 * args[0].numel() * args[3].shape[-1]
+    if packet in _ATTENTION:
+        first, causal, times = _ATTENTION[packet]
+        query, key, value = args[first : first + 3]
+        full = 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return int(full * times) // (2 if len(args) > causal and args[causal] else 1)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=output))
+    return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the elements that lie in memory: an expanded dim is there once."""
+    there = [size for size, stride in zip(tensor.shape, tensor.stride()) if stride or not size]
+    return prod(there) * tensor.element_size()
