@@ -42,6 +42,10 @@ _SAME_STATE = (
     "Each rank has put its own part of a cut tensor there, and only one of them would be saved: put full tensors into"
     " a checkpoint, or none that follow the model's parameters."
 )
+_SAME_SAVED = (
+    "Under shard_saved_activations each of them would keep a part of it: leave `shard_saved_activations` off for this"
+    " model."
+)
 
 
 class DisagreementError(RuntimeError):
@@ -73,6 +77,12 @@ class FirstLook:
         """Compare the first batch of each ``loader``, bit for bit."""
         if self._first(("batch", loader)):
             require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA, group=self.mesh.tp_group)
+
+    def shared(self, name: str, tensor: Tensor) -> None:
+        """Compare what each rank is to keep a part of, bit for bit, once for each ``name``; though others are off."""
+        if name not in self._seen:
+            self._seen.add(name)
+            require_agreement(digests(tensor, name, exact=True), self.mesh, _SAME_SAVED, group=self.mesh.tp_group)
 
     def loss(self, output: Any) -> None:
         """Note what a training step returns, until :meth:`gradients` compares it."""

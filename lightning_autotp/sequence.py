@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_autotp.blocks import lists_of_blocks
+from lightning_autotp.blocks import block_lists, closes, cut_of, opens
 from lightning_autotp.plan import ParameterPlan, Region, SequencePlan, ShardingPlan
 
 _SEQUENCES = ("attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache_params", "layer_past")
@@ -45,9 +45,7 @@ def parallel_sequence(model: nn.Module, plan: ShardingPlan) -> ShardingPlan:
 
 def _blocks(model: nn.Module, plan: ShardingPlan) -> str:
     """The path of the one list of blocks that holds all row cuts."""
-    rows = [e.module for e in plan.parameters.values() if e.kind == "row" and not e.layout.is_replicated]
-    outer = lists_of_blocks(model, plan, ("row",))
-    others = [row for row in rows if not row.startswith(tuple(f"{path}." for path in outer))]
+    outer, others = block_lists(model, plan)
     if len(outer) != 1 or others:
         raise ValueError(
             f"sequence_parallel: it needs one list of blocks (nn.ModuleList) around all row cuts; here are"
@@ -60,7 +58,7 @@ def _regions(block: str, modules: dict[str, nn.Module], plan: ShardingPlan) -> I
     """The parts of a block whose inside is cut: they get all tokens, what is between them gets a rank's own."""
     for path, module in _children(block, modules[block]):
         entries = [e for e in plan.parameters.values() if f"{e.module}.".startswith(f"{path}.")]
-        cut = [entry for entry in entries if not entry.layout.is_replicated]
+        cut = cut_of(entries)
         if not cut:
             continue
         if any(entry.module == path and entry.features is not None for entry in cut):
@@ -68,8 +66,7 @@ def _regions(block: str, modules: dict[str, nn.Module], plan: ShardingPlan) -> I
                 f"sequence_parallel: {path} is a cut layer directly in its block, and what it shares an input with is"
                 " not known; leave sequence_parallel off for this model."
             )
-        opened = any(e.kind == "column" and e.features is not None and not e.gather_output for e in cut)
-        if opened != any(e.kind == "row" and e.features is not None and not e.split_input for e in cut):
+        if opens(cut) != closes(cut):
             raise ValueError(
                 f"sequence_parallel: {path} opens or closes a cut whose other half is elsewhere in its block, and the"
                 " tokens between them are not known; leave sequence_parallel off for this model."

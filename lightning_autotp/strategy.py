@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
@@ -27,15 +26,15 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_autotp.agreement import FirstLook, require_alike
+from lightning_autotp.agreement import FirstLook
 from lightning_autotp.apply import Sharded, apply_plan, sharded, warn_of_dropout
-from lightning_autotp.blocks import compile_blocks
-from lightning_autotp.checkpoint import Placement, load_directory, save_directory
-from lightning_autotp.checkpoint.states import full_checkpoint, local_checkpoint, optimizer_names
+from lightning_autotp.blocks import compile_blocks, shared_blocks
+from lightning_autotp.checkpoint.hooks import CheckpointStrategy
 from lightning_autotp.config import TPConfig, TPTrainingConfig
 from lightning_autotp.gradients import TPGradients, shared_scaler
 from lightning_autotp.loss import set_loss_parallel
 from lightning_autotp.mesh import GatherOverDP, Mesh, build_mesh, raised_together
+from lightning_autotp.parallel.saved import SavedActivations
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.refusals import explain_ddp_error, refuse_callbacks, refuse_for_ddp, refuse_optimizers
@@ -44,7 +43,7 @@ from lightning_autotp.specs import nearest
 from lightning_autotp.table import print_plan
 
 
-class AutoTPStrategy(DDPStrategy):
+class AutoTPStrategy(CheckpointStrategy):
     """Tensor parallel training of any LightningModule, with data parallelism over the remaining processes.
 
     Args:
@@ -61,6 +60,8 @@ class AutoTPStrategy(DDPStrategy):
         loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
             the parts; see :func:`lightning_autotp.cross_entropy`.
         compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
+        shard_saved_activations: of what checkpointed blocks keep for the backward pass, each rank keeps its part: less
+            memory, for one all-gather a block. Needs activation checkpointing and no ``sequence_parallel``.
         save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
             a plain Trainer reads (False).
         exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
@@ -93,6 +94,7 @@ class AutoTPStrategy(DDPStrategy):
         sequence_parallel: bool = False,
         loss_parallel: bool = False,
         compile: bool = False,  # noqa: A002 - torch's name for it
+        shard_saved_activations: bool = False,
         save_distributed_checkpoint: bool = True,
         exclude_frozen_parameters: bool = False,
         check_agreement: bool = True,
@@ -128,6 +130,7 @@ class AutoTPStrategy(DDPStrategy):
         self._sequence_parallel = sequence_parallel
         self._loss_parallel = loss_parallel
         self._compile = compile
+        self._shard_saved_activations = shard_saved_activations
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._check_agreement = check_agreement
@@ -135,6 +138,7 @@ class AutoTPStrategy(DDPStrategy):
         self._mesh: Optional[Mesh] = None
         self._gradients: Optional[TPGradients] = None
         self._first_look: Optional[FirstLook] = None
+        self._saved: Optional[SavedActivations] = None
 
     def __repr__(self) -> str:
         # other Trainers (pytorch_lightning's) show this when they refuse the strategy
@@ -144,13 +148,6 @@ class AutoTPStrategy(DDPStrategy):
         )
 
     # -- where this process stands ------------------------------------------------------------------------------------
-
-    @property
-    def mesh(self) -> Mesh:
-        """The process groups and this process's place in them; known once processes run."""
-        if self._mesh is None:
-            raise RuntimeError("the process groups are made when the Trainer starts; they cannot be asked for before.")
-        return self._mesh
 
     @property
     def tp_size(self) -> int:
@@ -171,17 +168,6 @@ class AutoTPStrategy(DDPStrategy):
     def dp_rank(self) -> int:
         """This process's rank among those that hold the same part of the model."""
         return self.mesh.dp_rank
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
-
-    @property
-    def plan(self) -> Optional[ShardingPlan]:
-        """What was cut, once setup has sharded the model."""
-        found = None if self.lightning_module is None else sharded(self.lightning_module)
-        return None if found is None else found.plan
 
     @property
     @override
@@ -268,7 +254,7 @@ class AutoTPStrategy(DDPStrategy):
         self._apply_dtype(module)
         found = self._shard(module)
         set_loss_parallel(module, found.plan, self._loss_parallel)
-        if self._compile and self.tp_size > 1:
+        if self._compile:
             compile_blocks(module, found.plan)
         self.model_to_device()
         self._statistics_over_dp(module)
@@ -287,6 +273,7 @@ class AutoTPStrategy(DDPStrategy):
         self._share_random_state()
         if self.tp_size > 1:
             warn_of_dropout(module, found.plan)
+            self._shard_saved(module, found)
         if self.dp_size > 1:
             refuse_for_ddp(module, self._ddp_kwargs)
             self.configure_ddp()
@@ -297,6 +284,11 @@ class AutoTPStrategy(DDPStrategy):
         if not module.automatic_optimization:
             for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
                 optimizer.register_step_pre_hook(self._complete_gradients)
+
+    def _shard_saved(self, module: LightningModule, found: Sharded) -> None:
+        if self._shard_saved_activations:
+            assert self._first_look is not None
+            self._saved = SavedActivations(shared_blocks(module, found.plan), self.mesh, self._first_look.shared)
 
     def _shard(self, module: LightningModule) -> Sharded:
         """Shard the module, unless an earlier run has done it."""
@@ -366,7 +358,8 @@ class AutoTPStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().training_step(*args, **kwargs)
+        with nullcontext() if self._saved is None else self._saved.step():
+            output = super().training_step(*args, **kwargs)
         assert self._first_look is not None
         self._first_look.loss(output)
         return output
@@ -443,93 +436,14 @@ class AutoTPStrategy(DDPStrategy):
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and self.tp_size > 1:
             plugin.scaler = shared_scaler(plugin.scaler, self.mesh)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    def _placement(self) -> Placement:
-        if self.plan is None:
-            return Placement({}, self.mesh)
-        # a state dict may know a parameter by another name than the module does: wrappers rename, users do
-        layouts = self.plan.layouts
-        of = {id(p): layouts[name] for name, p in self._module.named_parameters(remove_duplicate=False)}
-        stored = self._module.state_dict(keep_vars=True)
-        return Placement(layouts | {name: of[id(p)] for name, p in stored.items() if id(p) in of}, self.mesh)
-
-    def _optimizer_names(self) -> list[list[str]]:
-        return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().lightning_module_state_dict()
-        frozen = self._frozen()
-        return {name: value for name, value in state.items() if name not in frozen}
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if not self._exclude_frozen_parameters:
-            super().load_model_state_dict(checkpoint, strict=strict)
-            return
-        missing, unexpected = self._module.load_state_dict(checkpoint["state_dict"], strict=False)
-        lacking = [name for name in missing if name not in self._frozen()]
-        if strict and (lacking or unexpected):
-            raise RuntimeError(
-                f"the checkpoint lacks {', '.join(lacking[:5]) or 'nothing'}; tensors in it that the model does not"
-                f" know: {', '.join(unexpected[:5]) or 'none'}."
-            )
-
-    def _frozen(self) -> set[str]:
-        """The names, in a state dict, of the parameters that checkpoints leave out."""
-        if not self._exclude_frozen_parameters:
-            return set()
-        stored = self._module.state_dict(keep_vars=True)
-        return {name for name, p in stored.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Union[str, Path], storage_options: Optional[Any] = None
-    ) -> None:
-        path = Path(self.broadcast(filepath))
-        if "://" in str(filepath):
-            raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
-        names = self._optimizer_names() if "optimizer_states" in checkpoint else []
-        require_alike(checkpoint, self._placement.layouts.values(), self.mesh)
-        if self._save_distributed_checkpoint:
-            if storage_options is not None:
-                raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
-            save_directory(checkpoint, names, self._placement, path)
-            return
-        if self.broadcast(path.is_dir()):
-            raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
-        full = full_checkpoint(checkpoint, names, self._placement)
-        raised_together(lambda: self._write(full, path, storage_options))
-
-    def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
-        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
-        names = self._optimizer_names() if fitting else []  # those of an earlier fit are still there
-        if path.is_dir():
-            # as Lightning's other sharded strategies read theirs: its Trainer drops `weights_only` on the way here
-            return load_directory(path, names, self._placement, weights_only=bool(weights_only))
-        if not path.exists():
-            raise FileNotFoundError(f"there is no checkpoint at {path}.")
-        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=bool(weights_only))
-        return local_checkpoint(checkpoint, names, self._placement)
-
     @override
     def teardown(self) -> None:
         if self._gradients is not None:
             self._gradients.remove()
             self._gradients = None
+        if self._saved is not None:
+            self._saved.remove()
+            self._saved = None
         # the model stays sharded and where it is, so that saving, validating and fitting again work after fit;
         # the base class would move it to the CPU, from where its collectives cannot run
         if isinstance(self.model, DistributedDataParallel):
