@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lightning_autotp import TPTrainingConfig, make_plan
 from lightning_autotp.cli import main as command_line
@@ -69,6 +69,7 @@ def no_process_group() -> Any:
         (2, "lp", True, 13.2),
         (2, "sp_lp", True, 12.4),
         (2, "", False, 19.6),  # in Trainer.fit
+        (2, "sp_lp", False, 14.4),
     ],
 )
 def test_memory_is_what_was_measured_on_gpus(
@@ -78,6 +79,23 @@ def test_memory_is_what_was_measured_on_gpus(
     model = llama(tmp_path, 8, 128256, **LAYER_8B, max_position_embeddings=4096)
     config = TPTrainingConfig(tp_overlap_comm=True)
     job = Job(model, tp, batch=1, seq=4096, own_loop=own_loop, config=config, **OPTIONS[options])
+    assert estimate(job, Machine("h200")).memory.peak / GIB == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "vocabulary", "sizes", "measured"),
+    [(8, 128256, {}, 25.6), (16, 32000, {"hidden_size": 2048}, 26.4), (4, 32000, {"num_local_experts": 8}, 31.2)],
+    ids=["8b", "hidden-2048", "mixtral"],
+)
+def test_memory_of_a_batch_of_four(
+    layers: int, vocabulary: int, sizes: dict[str, int], measured: float, tmp_path: Path
+) -> None:
+    """The same, with sequence and loss parallelism."""
+    sizes = LAYER_8B | sizes | {"max_position_embeddings": 4096, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    kind: Any = MixtralConfig if "num_local_experts" in sizes else LlamaConfig
+    kind(**sizes, tie_word_embeddings=False, use_cache=False).save_pretrained(tmp_path)
+    config = TPTrainingConfig(tp_overlap_comm=True)
+    job = Job(str(tmp_path), 2, batch=4, seq=4096, own_loop=True, config=config, **OPTIONS["sp_lp"])
     assert estimate(job, Machine("h200")).memory.peak / GIB == pytest.approx(measured, rel=0.1)
 
 

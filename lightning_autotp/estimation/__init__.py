@@ -9,15 +9,18 @@ allocates, computes and sends. Data parallelism, ZeRO and times are arithmetic o
 GPU memory as ``torch.cuda.max_memory_allocated`` has it, in GiB, on H200s (tests/benchmarks/README.md: Llama-3-8B's
 layers x 8, vocabulary 128256, 1 x 4096 tokens, bf16, TP=2) and as estimated, without a GPU:
 
-================================================  ========  =========
-run                                               measured  estimated
-================================================  ========  =========
-one GPU                                               27.8       27.7
-TP=2                                                  17.9       17.9
-TP=2, loss_parallel                                   13.2       13.1
-TP=2, sequence_parallel, loss_parallel                12.4       12.4
-TP=2, in ``Trainer.fit``                              19.6       19.5
-================================================  ========  =========
+==================================================  ========  =========
+run                                                 measured  estimated
+==================================================  ========  =========
+one GPU                                                 27.8       27.7
+TP=2                                                    17.9       17.9
+TP=2, loss_parallel                                     13.2       13.1
+TP=2, sequence_parallel, loss_parallel                  12.4       12.4
+TP=2, in ``Trainer.fit``                                19.6       19.5
+TP=2, both, 4 x 4096 tokens                             25.6       25.6
+the same, hidden 2048, 16 layers, vocabulary 32000      26.4       26.4
+the same, Mixtral, 4 layers, vocabulary 32000           31.2       31.0
+==================================================  ========  =========
 """
 
 from lightning_autotp.estimation.cost import Estimate, estimate
