@@ -25,6 +25,7 @@ class Mesh:
         tp_size: the tensor parallel size.
         dp_rank: this process's rank in ``dp_group``, of ``dp_size``.
         dp_size: the data parallel size.
+        timeout: how long a collective may wait in groups that are made later; None for torch's default.
     """
 
     tp_group: dist.ProcessGroup
@@ -33,6 +34,7 @@ class Mesh:
     tp_size: int
     dp_rank: int
     dp_size: int
+    timeout: Optional[timedelta] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         # sharded modules refer to their mesh, and process groups cannot be copied
@@ -65,7 +67,8 @@ class Subgroups:
                 dist.all_gather_object(everyones, mine)
             models = sorted(set(everyones))
             for members in missing:
-                group, _ = dist.new_subgroups_by_enumeration([[ranks[m] for m in members] for ranks in models])
+                owners = [[ranks[m] for m in members] for ranks in models]
+                group, _ = dist.new_subgroups_by_enumeration(owners, timeout=mesh.timeout)
                 if mesh.tp_rank in members:
                     groups[members] = group
         return cls(groups)
@@ -103,7 +106,7 @@ def build_mesh(tp_size: int, given: TPConfig, timeout: Optional[timedelta] = Non
             f" that does, or start a multiple of {tp_size} processes (devices x nodes)."
         )
     if given.mpu is not None:
-        return _from_mpu(given.mpu, tp_size)
+        return _from_mpu(given.mpu, tp_size, timeout)
     if given.tp_group is not None:
         group = given.tp_group() if callable(given.tp_group) else given.tp_group
         return _from_tp_group(group, tp_size, timeout)
@@ -125,7 +128,7 @@ def _in_front(timeout: Optional[timedelta]) -> Any:
     return options
 
 
-def _from_mpu(mpu: Any, tp_size: int) -> Mesh:
+def _from_mpu(mpu: Any, tp_size: int, timeout: Optional[timedelta]) -> Mesh:
     mesh = Mesh(
         mpu.get_model_parallel_group(),
         mpu.get_data_parallel_group(),
@@ -133,6 +136,7 @@ def _from_mpu(mpu: Any, tp_size: int) -> Mesh:
         mpu.get_model_parallel_world_size(),
         mpu.get_data_parallel_rank(),
         mpu.get_data_parallel_world_size(),
+        timeout,
     )
     if mesh.tp_size != tp_size:
         raise ValueError(f"tensor_parallel.mpu: its model parallel size is {mesh.tp_size}, autotp_size is {tp_size}.")
@@ -165,7 +169,7 @@ def _with_replicas(tp_group: dist.ProcessGroup, tp_ranks: list[list[int]], timeo
     replicas = [[ranks[place] for ranks in tp_ranks] for place in range(tp_size)]
     dp_group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
     tp_rank = dist.get_group_rank(tp_group, rank)
-    return Mesh(tp_group, dp_group, tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks))
+    return Mesh(tp_group, dp_group, tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks), timeout)
 
 
 def raised_together(work: Callable[[], T]) -> T:

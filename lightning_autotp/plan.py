@@ -35,6 +35,7 @@ class ParameterPlan:
         grad_allreduce: whether its gradient is summed over the ranks once per optimizer step.
         partial_outputs: how many of the last outputs of the linear have their gradient summed in the backward pass.
         interleaved: whether its parts lie in runs that the cut keeps together.
+        tokens: whether ranks have their own tokens on the other side of this cut (sequence parallelism).
         reason: for what stays whole, why.
     """
 
@@ -50,6 +51,7 @@ class ParameterPlan:
     grad_allreduce: bool = False
     partial_outputs: int = 0
     interleaved: bool = False
+    tokens: bool = False
     reason: str = ""
 
     @property
@@ -63,7 +65,13 @@ class ParameterPlan:
         if self.layout.is_replicated or self.kind == "heads":
             return shared
         forward, backward = "", ""
-        if self.kind == "vocabulary" or self.kind == "row" and self.features is not None:
+        if self.tokens and self.kind == "column":
+            backward = "backward: reduce-scatter of the input's gradient"
+            forward = "forward: all-gather of the input's tokens"
+        elif self.tokens:
+            backward = "backward: all-gather of the output's gradient"
+            forward = "forward: reduce-scatter of the output's tokens"
+        elif self.kind == "vocabulary" or self.kind == "row" and self.features is not None:
             forward = "forward: all-reduce of the output"
             backward = "backward: all-gather of the input's gradient" if self.split_input else ""
         elif self.kind == "column":

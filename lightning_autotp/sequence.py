@@ -39,7 +39,11 @@ def parallel_sequence(model: nn.Module, plan: ShardingPlan) -> ShardingPlan:
     for region in regions:
         if region.reduces:  # biases that are added to a rank's own tokens
             partial |= {n for n, e in plan.parameters.items() if e.module in region.rows and e.layout.is_replicated}
-    entries = {n: replace(e, grad_allreduce=True) if n in partial else e for n, e in plan.parameters.items()}
+    of_regions = {region.module for region in regions if region.reduces}
+    entries = {}
+    for name, entry in plan.parameters.items():
+        beside = entry.features is not None and entry.module.rpartition(".")[0] in of_regions
+        entries[name] = replace(entry, grad_allreduce=entry.grad_allreduce or name in partial, tokens=beside)
     return replace(plan, parameters=entries, sequence=SequencePlan(blocks[0], blocks[-1], tuple(regions)))
 
 

@@ -678,11 +678,8 @@ class RoutedInATuple(Routed):
 
 @pytest.mark.ranks(2)
 def test_a_boundary_that_is_given_its_tensors_in_a_tuple() -> None:
-    """Their gradients are summed all the same, or the call is an error: never just a rank's part."""
-    try:
-        assert_same(RoutedInATuple, EXPERTS, inputs(7, 16))
-    except (TypeError, ValueError) as refused:
-        assert "boundary" in str(refused)
+    """Their gradients are summed all the same: never just a rank's part."""
+    assert_same(RoutedInATuple, EXPERTS, inputs(7, 16))
 
 
 @pytest.mark.ranks(2)
