@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
 from lightning_autotp.agreement import DisagreementError
+from lightning_autotp.mesh import Subgroups
 from lightning_autotp.verification.small import small_config, small_model
 from tests.closeness import assert_close
 from tests.models import LanguageModel, quiet_trainer, tiny_llama, token_loader
@@ -178,7 +179,9 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(directory: bool, tmp_path: P
 def test_the_groups_have_the_timeout_that_was_asked_for() -> None:
     plugin = strategy(2, timeout=timedelta(seconds=33))
     trainer(plugin).fit(Regressor())
-    for group in (plugin.mesh.tp_group, plugin.mesh.dp_group):
+    later = Subgroups.of({(0,), (0, 1)}, plugin.mesh).groups
+    assert set(later) == ({(0,), (0, 1)} if dist.get_rank() == 0 else {(0, 1)})
+    for group in (plugin.mesh.tp_group, plugin.mesh.dp_group, *later.values()):
         assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=33)
 
 
