@@ -269,7 +269,8 @@ class AutoTPStrategy(CheckpointStrategy):
         if self.tp_size > 1:
             refuse_callbacks(trainer)
         self._gradients = TPGradients(module, found)
-        found.overlap.measure()
+        halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        found.overlap.measure(halves.get(str(self.precision_plugin.precision)))
         self._share_random_state()
         if self.tp_size > 1:
             warn_of_dropout(module, found.plan)

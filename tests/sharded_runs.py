@@ -65,15 +65,20 @@ def batches_for(vocab: int, steps: int = STEPS) -> list[Tensor]:
 
 
 def reference_run(
-    factory: Callable[..., nn.Module], batches: list[Tensor], dtype: torch.dtype = torch.float32, **options: Any
+    factory: Callable[..., nn.Module],
+    batches: list[Tensor],
+    dtype: torch.dtype = torch.float32,
+    mixed: bool = False,
+    **options: Any,
 ) -> Record:
-    """The run without Lightning and without tensor parallelism."""
+    """The run without Lightning and without tensor parallelism; ``mixed`` is under bf16 autocast."""
     model = LanguageModel(factory, **options).to(rank_device(), dtype)
     optimizer = model.configure_optimizers()
     record = Record()
     for number, batch in enumerate(batches):
         tokens = batch.to(rank_device())
-        loss = next_token_loss(model(tokens), tokens)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=mixed):
+            loss = next_token_loss(model(tokens), tokens)
         record.losses.append(loss.detach().clone())
         (loss / ACCUMULATE).backward()
         if number % ACCUMULATE == ACCUMULATE - 1:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
 from lightning_autotp.apply import Sharded, apply_plan, sharded
 from lightning_autotp.gradients import TPGradients
+from lightning_autotp.loss import set_loss_parallel
 from lightning_autotp.mesh import build_mesh
 from lightning_autotp.planner import make_plan
+from lightning_autotp.sequence import parallel_sequence
 from tests.closeness import relative_errors
 from tests.models import quiet_trainer
 from tests.rank_pool import rank_device
@@ -49,14 +51,15 @@ def mean_error(tensors: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return sum(errors.values()) / len(errors)
 
 
-def check(case: str, tp_size: int, **strategy: Any) -> None:
-    """bf16-true, one optimizer step's gradients and the weights after it."""
+def check(case: str, tp_size: int, precision: str = "bf16-true", **strategy: Any) -> None:
+    """One optimizer step's gradients and the weights after it."""
     factory, options, rules = CASES[case]
     batches = batches_for(options.get("vocab", 128), steps=1)
     exact = reference_run(factory, batches, **options)
-    unsharded = reference_run(factory, batches, dtype=torch.bfloat16, **options)
+    own_precision: dict[str, Any] = {"mixed": True} if precision == "bf16-mixed" else {"dtype": torch.bfloat16}
+    unsharded = reference_run(factory, batches, **own_precision, **options)
     plugins = AutoTPStrategy(autotp_size=tp_size, **rules, **strategy)
-    model = sharded_run(plugins, factory, batches, trainer={"precision": "bf16-true"}, **options)
+    model = sharded_run(plugins, factory, batches, trainer={"precision": precision}, **options)
     for measure, got, own, want in (
         (mean_error, model.record.gradients[0], unsharded.gradients[0], exact.gradients[0]),
         (whole_error, model.record.gradients[0], unsharded.gradients[0], exact.gradients[0]),
@@ -72,7 +75,7 @@ def check(case: str, tp_size: int, **strategy: Any) -> None:
 PRESETS = ["llama", "qwen3", "mixtral", "deepseek_v2", "phi3", "gpt_oss"]
 
 
-def check_preset(case: str, tp_size: int, overlap: bool) -> None:
+def check_preset(case: str, tp_size: int, overlap: bool, switches: bool = False) -> None:
     """A preset's model in bfloat16: one step's gradients and the weights after it, against the fp32 run."""
 
     def steps(model: nn.Module, dtype: torch.dtype, found: Sharded | None = None) -> Steps:
@@ -83,8 +86,10 @@ def check_preset(case: str, tp_size: int, overlap: bool) -> None:
     exact = steps(build(case)[0], torch.float32)
     unsharded = steps(build(case)[0], torch.bfloat16)
     plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size))
+    plan = parallel_sequence(model, plan) if switches else plan
     mesh = build_mesh(tp_size, TPTrainingConfig().tensor_parallel)
     apply_plan(model, plan, mesh, rank_device(), overlap=overlap)
+    set_loss_parallel(model, plan, switches)
     got = steps(model, torch.bfloat16, sharded(model))
     for measure, ours, own, want in (
         (mean_error, got.gradients[0], unsharded.gradients[0], exact.gradients[0]),
@@ -113,6 +118,18 @@ def test_bf16_preset_tp2(case: str) -> None:
 @pytest.mark.ranks(4)
 def test_bf16_preset_tp4(case: str) -> None:
     check_preset(case, 4, overlap=False)
+
+
+@pytest.mark.parametrize("case", PRESETS)
+@pytest.mark.ranks(4)
+def test_bf16_preset_tp4_with_sequence_and_loss_parallelism(case: str) -> None:
+    check_preset(case, 4, overlap=True, switches=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.ranks(4)
+def test_bf16_mixed_tp4(sequence_parallel: bool) -> None:
+    check("llama-tied", 4, "bf16-mixed", tp_overlap_comm=True, sequence_parallel=sequence_parallel)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -183,16 +183,18 @@ class ColumnGroup:
     def gather(self, x: Tensor, overlap: Overlap, length: int) -> Optional[Tensor]:
         """All tokens ``[B, S, K]`` of every rank's ``x [1, T_r, K]``; the members' outputs on them wait to be taken.
 
-        None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S.
+        None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S. Under autocast what
+        comes back has its dtype, in which all members read it anyway and half as much travels.
         """
         alike = len(set(self.company)) == 1 and self.takes_offers
-        if not alike or not (torch.is_grad_enabled() and x.requires_grad) or torch.is_autocast_enabled(x.device.type):
+        if not alike or not (torch.is_grad_enabled() and x.requires_grad):
             return None
         tracing = torch.compiler.is_compiling()
-        count = len(self.members)
-        weights, biases = [m.matrix for m in self.members], [m.bias for m in self.members]
         columns = None if tracing else self
-        full, *outputs = _GatherColumns.apply(x, columns, overlap, self.form, length, count, *weights, *biases)
+        x, weights, biases = self._cast(x, self.members)
+        full, *outputs = _GatherColumns.apply(
+            x, columns, overlap, self.form, length, len(self.members), *weights, *biases
+        )
         results = dict(enumerate(outputs))
         if tracing:
             setattr(full, _RIDE, (self, results))
@@ -231,16 +233,21 @@ class ColumnGroup:
             setattr(x, _RIDE, None)
         return result
 
-    def _compute(self, place: int, x: Tensor, columns: Optional["ColumnGroup"]) -> dict[int, Tensor]:
-        places = [other for other, company in enumerate(self.company) if company == self.company[place]]
-        members = [self.members[other] for other in places]
-        weights = [m.matrix for m in members]
-        biases = [m.bias for m in members]
+    @staticmethod
+    def _cast(x: Tensor, members: list["ColumnParallel"]) -> tuple[Tensor, list[Tensor], list[Optional[Tensor]]]:
+        """``x`` and the members' weights and biases, in autocast's dtype where it is on."""
+        weights, biases = [m.matrix for m in members], [m.bias for m in members]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             weights = [w.to(dtype) for w in weights]
             biases = [None if b is None else b.to(dtype) for b in biases]
+        return x, weights, biases
+
+    def _compute(self, place: int, x: Tensor, columns: Optional["ColumnGroup"]) -> dict[int, Tensor]:
+        places = [other for other, company in enumerate(self.company) if company == self.company[place]]
+        members = [self.members[other] for other in places]
+        x, weights, biases = self._cast(x, members)
         first = members[0]
         group = first.mesh.tp_group if first.reduces else None
         outputs = _ColumnLinears.apply(x, columns, group, first.overlap, len(members), *weights, *biases)

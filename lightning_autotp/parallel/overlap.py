@@ -113,14 +113,14 @@ class Overlap:
 
         return wait
 
-    def measure(self) -> None:
-        """Find out which forms to run fused; every process must call it.
+    def measure(self, autocast: Optional[torch.dtype] = None) -> None:
+        """Find out which forms to run fused, under autocast or in the weights' dtype; every process must call it.
 
         What was measured before on such a machine is read from ``~/.cache/lightning_autotp/overlap.json`` (or under
         ``XDG_CACHE_HOME``), where it can be looked at; what was not takes some tenths of a second and is added.
         """
         self.fused_from = {}
-        dtypes = {weight.dtype for weights in self.weights.values() for weight in weights()}
+        dtypes = {autocast or weight.dtype for weights in self.weights.values() for weight in weights()}
         if not self.on or not dtypes or dtypes - {torch.bfloat16, torch.float16} or not _everywhere(_shares(self.mesh)):
             return
         # multicast can take the GPUs of a whole host down, and nothing here needs it
@@ -130,7 +130,7 @@ class Overlap:
         dist.broadcast_object_list(handed, src=0)
         known: dict[str, dict[str, list[float]]] = handed[0]
         try:
-            new = {form: self._times(form) for form in self.weights if form not in known}
+            new = {form: self._times(form, autocast) for form in self.weights if form not in known}
         except RuntimeError as error:  # alike on all ranks: a group has symmetric memory or it has not
             rank_zero_warn(f"symmetric memory cannot be used here, NCCL is instead: {error}")
             return
@@ -140,9 +140,9 @@ class Overlap:
         self.fused_from = {form: size for form, size in found.items() if size is not None}
 
     @torch.no_grad()
-    def _times(self, form: str) -> dict[str, list[float]]:
+    def _times(self, form: str, dtype: Optional[torch.dtype]) -> dict[str, list[float]]:
         """The milliseconds that a form takes on the slowest rank, with NCCL and fused, for each of :data:`SIZES`."""
-        weights = self.weights[form]()
+        weights = [weight.to(dtype or weight.dtype) for weight in self.weights[form]()]
         times: dict[str, list[float]] = {"nccl": [], "fused": []}
         for size in SIZES:
             rows = size // self.mesh.tp_size if form.startswith("gather") else size
