@@ -204,3 +204,9 @@ def test_the_plan_says_what_gathers_and_scatters() -> None:
         assert rows[f"model.layers.*.{name}.weight"] == scatters
     assert rows["model.layers.*.input_layernorm.weight"] == "step: all-reduce of the gradient"
     assert rows["model.norm.weight"] == ""
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text"])
+def test_blocks_that_read_more_than_hidden_states_are_refused(model_type: str, pool: Pool) -> None:
+    report = verify(model_type, 2, sequence_parallel=True, pool=pool)
+    assert "features of all tokens beside the hidden states" in report.message, report

@@ -54,6 +54,10 @@ class Batch:
         return self.length
 
 
+_OF_SEQUENCES = ("attention_mask", "position_ids", "position_embeddings")
+"""Arguments of blocks that only attention reads, which is given whole sequences."""
+
+
 class Columns(Protocol):
     """Column linears that read a region's input, which can gather it themselves."""
 
@@ -95,6 +99,7 @@ def apply_sequence(
                     f"sequence_parallel: {x.shape[0]} sequences of {x.shape[1]} tokens are too short to be told from"
                     f" the padding for {mesh.tp_size} ranks; use longer ones."
                 )
+            _refuse_other_tokens(x, args, kwargs)
             batch.begin(x.shape[1])
             return scatter_tokens(x, mesh)
 
@@ -109,6 +114,18 @@ def apply_sequence(
         _attach(model.get_submodule(region.module), region, columns.get(region.module), batch, overlap)
     model.get_submodule(sequence.last).register_forward_hook(join, with_kwargs=True)
     return batch
+
+
+def _refuse_other_tokens(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A block must be given no other features of all tokens than ``x [B, S, H]``: it has a rank's own only."""
+    named = {f"argument {place}": value for place, value in enumerate(args)}
+    named |= {f"`{name}`": value for name, value in kwargs.items() if name not in _OF_SEQUENCES}
+    for name, value in named.items():
+        if isinstance(value, Tensor) and value is not x and value.ndim > 2 and value.shape[:2] == x.shape[:2]:
+            raise ValueError(
+                f"sequence_parallel: blocks of this model are given {name} {list(value.shape)}, features of all tokens"
+                " beside the hidden states, which is not known; leave it off for this model."
+            )
 
 
 def _attach(module: nn.Module, region: Region, columns: Optional[Columns], batch: Batch, overlap: Overlap) -> None:
