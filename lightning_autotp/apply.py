@@ -30,6 +30,7 @@ from lightning_autotp.parallel.linear import (
 from lightning_autotp.parallel.overlap import Overlap
 from lightning_autotp.parallel.sequence import Batch, apply_sequence
 from lightning_autotp.plan import ShardingPlan
+from lightning_autotp.reading import changes_in_place
 
 _SHARDED = "_autotp_sharded"
 
@@ -233,8 +234,10 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, overlap: Overlap) -> t
             )
     groups = []
     for paths in plan.siblings:
-        members = [columns[path] for path in paths]
-        groups.append(ColumnGroup(members))
+        members, parent = [columns[path] for path in paths], model.get_submodule(paths[0].rpartition(".")[0])
+        # classes do hash
+        steady = "forward" not in vars(parent) and not changes_in_place(type(parent))  # type: ignore[arg-type]
+        groups.append(ColumnGroup(members, steady))
         for place, member in enumerate(members):
             member.group, member.place = groups[-1], place
     return tuple(groups)
@@ -248,17 +251,21 @@ def _transposed(row: RowParallel) -> list[Tensor]:
     return [row.matrix.t()]
 
 
-def _columns_of_regions(
-    plan: ShardingPlan, groups: tuple[ColumnGroup, ...], overlap: Overlap
-) -> dict[str, ColumnGroup]:
-    """The columns of each region whose gather takes their all-reduce over, where they are one group."""
+def _columns_of_regions(plan: ShardingPlan, groups: tuple[ColumnGroup, ...], overlap: Overlap) -> dict[str, str]:
+    """A column of each region whose columns can gather its input: one group, and nothing changes what they read.
+
+    ``overlap`` gets to know the forms of these gathers.
+    """
     assert plan.sequence is not None
-    inside: dict[str, list[ColumnGroup]] = defaultdict(list)
+    inside: dict[str, list[tuple[str, ColumnGroup]]] = defaultdict(list)
     for paths, group in zip(plan.siblings, groups):
-        inside[paths[0].rpartition(".")[0]].append(group)
-    found = {r.module: inside[r.module][0] for r in plan.sequence.regions if r.reduces and len(inside[r.module]) == 1}
-    for group in found.values():
-        overlap.weights[group.form] = partial(_matrices, group.members)
+        parent, _, name = paths[0].rpartition(".")
+        inside[parent].append((name, group))
+    found = {}
+    for region in plan.sequence.regions:
+        if region.reduces and len(inside[region.module]) == 1 and inside[region.module][0][1].steady:
+            found[region.module], group = inside[region.module][0]
+            overlap.weights[group.form] = partial(_matrices, group.members)
     return found
 
 

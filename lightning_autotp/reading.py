@@ -33,6 +33,26 @@ def _reads(cls: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
+def changes_in_place(cls: Any) -> bool:
+    """Whether the forward of ``cls`` or a method that it calls may change a tensor in place (``x += y``, ``x.mul_``).
+
+    Functions that it calls are not looked into.
+    """
+    methods = _reads(cls) | {"forward"}
+    codes = (_code(vars(parent).get(name)) for parent in cls.__mro__ if parent is not Module for name in methods)
+    return any(_changes(code) for code in codes if code is not None)
+
+
+def _changes(code: CodeType) -> bool:
+    for step in dis.get_instructions(code):
+        augmented = step.opname.startswith("INPLACE_") or step.opname == "BINARY_OP" and step.argrepr.endswith("=")
+        if augmented or step.opname == "STORE_SUBSCR":
+            return True
+    called = [name for name in _names(code) if name.endswith("_") and not name.endswith("__")]
+    return bool(called) or any(_changes(inner) for inner in code.co_consts if isinstance(inner, CodeType))
+
+
 def _code(method: Any) -> Optional[CodeType]:
     return getattr(inspect.unwrap(method), "__code__", None) if inspect.isfunction(method) else None
 

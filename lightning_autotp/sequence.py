@@ -108,4 +108,7 @@ def _reduces(path: str, entries: list[ParameterPlan], plan: ShardingPlan, argume
     )
     bounded = any(f"{boundary.module}.".startswith(f"{path}.") for boundary in plan.boundaries)
     other_inputs = any(name in arguments for name in _OTHER_INPUTS)
-    return plain and not bounded and not other_inputs and len(_rows(entries)) == 1
+    # a whole parameter that nobody sums might come before the columns, where gradients are partial
+    rows = _rows(entries)
+    summed = all(e.grad_allreduce or not e.layout.is_replicated or e.module in rows for e in entries)
+    return plain and summed and not bounded and not other_inputs and len(rows) == 1

@@ -90,6 +90,8 @@ class _GatherColumns(torch.autograd.Function):
         weights, biases = params[:count], params[count:]
         full, products = overlap.gather_matmul(x[0], weights, biases, form)  # type: ignore[arg-type]
         outputs = tuple(as_sequences(y, length) for y in (full, *products))
+        if torch.compiler.is_compiling():  # a view, so that changing it in place is an error: results would be stale
+            outputs = (outputs[0].view_as(outputs[0]), *outputs[1:])
         trains = any(ctx.needs_input_grad[6 : 6 + count])
         ctx.save_for_backward(outputs[0] if trains else None, *weights)
         ctx.columns, ctx.overlap, ctx.padding = columns, overlap, full.shape[0] % length
@@ -149,10 +151,15 @@ class ColumnGroup:
     unchanged, under the same autocast. Which linears really share an input is learned: those seen to read another
     tensor leave the others' company at the next :meth:`settle`, and not before, because a checkpointed region must
     compute the same again. A miss costs a collective, never correctness.
+
+    Args:
+        members: the linears.
+        steady: whether nothing changes their input in place between their calls, which a graph that is traced cannot
+            see; unless they are steady, each computes alone there.
     """
 
-    def __init__(self, members: list["ColumnParallel"]) -> None:
-        self.members = members
+    def __init__(self, members: list["ColumnParallel"], steady: bool = True) -> None:
+        self.members, self.steady = members, steady
         sizes = [member.layout.shape[member.layout.dim or 0] for member in members]
         self.form = form_of("gather", members[0].matrix.shape[1], sizes)
         self.company = [0] * len(members)  # members with one number are computed together
@@ -186,7 +193,7 @@ class ColumnGroup:
         None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S. Under autocast what
         comes back has its dtype, in which all members read it anyway and half as much travels.
         """
-        alike = len(set(self.company)) == 1 and self.takes_offers
+        alike = self.steady and len(set(self.company)) == 1 and self.takes_offers
         if not alike or not (torch.is_grad_enabled() and x.requires_grad):
             return None
         tracing = torch.compiler.is_compiling()
@@ -197,11 +204,15 @@ class ColumnGroup:
         )
         results = dict(enumerate(outputs))
         if tracing:
-            setattr(full, _RIDE, (self, results))
+            setattr(full, _RIDE, (self, _autocast(full), results))
         else:
             self.input, self.state, self.results, self.offered = full, _state(full), results, True
         gathered: Tensor = full
         return gathered
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of a copy: what waits belongs to a graph
+        return vars(self) | {"input": None, "state": (), "results": {}}
 
     def settle(self) -> None:
         """Between steps: drop what nobody asked for, and part those who read different tensors."""
@@ -224,10 +235,12 @@ class ColumnGroup:
 
     def _traced(self, place: int, x: Tensor) -> Tensor:
         # a module's state must not change in a region that is checkpointed while it is traced; a tensor's may
-        owner, waiting = getattr(x, _RIDE, None) or (None, {})
-        if owner is not self or place not in waiting:
+        if not self.steady:
+            return self._compute(place, x, None, alone=True)[place]
+        owner, autocast, waiting = getattr(x, _RIDE, None) or (None, (), {})
+        if owner is not self or place not in waiting or autocast != _autocast(x):
             waiting = self._compute(place, x, None)
-            setattr(x, _RIDE, (self, waiting))
+            setattr(x, _RIDE, (self, _autocast(x), waiting))
         result = waiting.pop(place)
         if not waiting:  # x may be an input of the graph and live on
             setattr(x, _RIDE, None)
@@ -244,8 +257,11 @@ class ColumnGroup:
             biases = [None if b is None else b.to(dtype) for b in biases]
         return x, weights, biases
 
-    def _compute(self, place: int, x: Tensor, columns: Optional["ColumnGroup"]) -> dict[int, Tensor]:
+    def _compute(
+        self, place: int, x: Tensor, columns: Optional["ColumnGroup"], alone: bool = False
+    ) -> dict[int, Tensor]:
         places = [other for other, company in enumerate(self.company) if company == self.company[place]]
+        places = [place] if alone else places
         members = [self.members[other] for other in places]
         x, weights, biases = self._cast(x, members)
         first = members[0]
@@ -256,8 +272,12 @@ class ColumnGroup:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides the object ``x``."""
+    return x._version, *_autocast(x)
+
+
+def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
     device = x.device.type
-    return x._version, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 class ColumnParallel(nn.Module):

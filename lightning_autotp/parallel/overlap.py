@@ -131,7 +131,10 @@ class Overlap:
         known: dict[str, dict[str, list[float]]] = handed[0]
         try:
             new = {form: self._times(form, autocast) for form in self.weights if form not in known}
+        except torch.OutOfMemoryError:  # of this rank alone
+            raise
         except RuntimeError as error:  # alike on all ranks: a group has symmetric memory or it has not
+            self.fused_from = {}
             rank_zero_warn(f"symmetric memory cannot be used here, NCCL is instead: {error}")
             return
         if new and dist.get_rank() == 0:
@@ -160,12 +163,12 @@ class Overlap:
         return self.matmul_scatter(x, weights[0], form)
 
 
-def as_sequences(tokens: Tensor, length: int) -> Tensor:
-    """``[T, N]`` as ``[B, length, N]``, what does not fill a sequence (padding) dropped.
+def as_sequences(tokens: Tensor, length: int, rows: Optional[int] = None) -> Tensor:
+    """``[T, N]`` as ``[B, length, N]``, padding dropped: what is beyond B ``rows``, or without them fills no sequence.
 
     No view to autograd, which forbids to change views that a function puts out.
     """
-    whole = tokens.shape[0] // length * length
+    whole = (tokens.shape[0] // length if rows is None else rows) * length
     tokens = tokens if whole == tokens.shape[0] else tokens[:whole].clone()
     return torch.ops.aten._unsafe_view(tokens, [-1, length, tokens.shape[1]])
 
@@ -217,7 +220,7 @@ def _machine(mesh: Mesh) -> str:
 
 
 def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "lightning_autotp" / "overlap.json"
 
 
@@ -226,8 +229,9 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (OSError, ValueError):  # none yet, or half a file
         return {}
-    sizes = list(SIZES)
-    return {k: v for k, v in found.items() if k != "tokens"} if found.get("tokens") == sizes else {}
+    if not isinstance(found, dict) or found.get("tokens") != list(SIZES):
+        return {}
+    return {name: times for name, times in found.items() if name != "tokens"}
 
 
 def _write(path: Path, machine: str, new: dict[str, Any]) -> None:

@@ -91,7 +91,8 @@ class SavedActivations:
         place, version = getattr(x, _MARK, ("", -1))
         known = version == x._version and x.is_floating_point() and x.is_contiguous()
         if not known or not _checkpointing():
-            return _Whole(x, x._version)
+            # not x itself: an op that saves its own output would then be part of a cycle that nothing frees
+            return _Whole(x.detach(), x._version)
         self._used = True
         self.compare(place, x)
         flat = x.detach().view(-1)

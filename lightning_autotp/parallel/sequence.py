@@ -5,7 +5,7 @@ rank has ``T_r = ceil(T / tp)``. Padding never reaches a loss, and its gradient 
 """
 
 from collections.abc import Mapping
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,18 @@ class Batch:
     """
 
     def __init__(self) -> None:
-        self.length = 0
+        self.count = self.length = 0
         self.seen: set[int] = set()
 
-    def begin(self, length: int) -> None:
-        """A forward pass over sequences of ``length`` begins."""
-        self.length = length
+    def begin(self, rows: int, length: int) -> None:
+        """A forward pass over ``rows`` sequences of ``length`` begins."""
+        self.count, self.length = rows, length
         self.seen.add(length)
+
+    @property
+    def rows(self) -> Optional[int]:
+        """How many sequences there are, where no block is computed again: while gradients are recorded, None."""
+        return None if torch.is_grad_enabled() else self.count
 
     def of(self, kwargs: dict[str, Any]) -> int:
         """The length of the sequences that a call with these arguments works on.
@@ -58,22 +63,15 @@ _OF_SEQUENCES = ("attention_mask", "position_ids", "position_embeddings")
 """Arguments of blocks that only attention reads, which is given whole sequences."""
 
 
-class Columns(Protocol):
-    """Column linears that read a region's input, which can gather it themselves."""
-
-    def gather(self, x: Tensor, overlap: Overlap, length: int) -> Optional[Tensor]:
-        """All tokens ``[B, S, K]`` of every rank's ``x [1, T_r, K]``; None where the caller must gather them."""
-
-
 def apply_sequence(
-    model: nn.Module, sequence: SequencePlan, columns: Mapping[str, Columns], overlap: Overlap, whole_routing: bool
+    model: nn.Module, sequence: SequencePlan, columns: Mapping[str, str], overlap: Overlap, whole_routing: bool
 ) -> Batch:
     """Attach the gathers and scatters of ``sequence`` to the modules of a sharded ``model``.
 
     Args:
         model: the model, its layers already converted.
         sequence: where its blocks and regions are.
-        columns: by region, the columns in it, where they are one group.
+        columns: by region, the name of one of the columns in it, where they are one group that can gather its input.
         overlap: how gathers and scatters run beside matmuls.
         whole_routing: refuse batches that need padding, which a router would count as tokens.
 
@@ -94,23 +92,23 @@ def apply_sequence(
                     f"sequence_parallel: a batch of {x.shape[0]} x {x.shape[1]} tokens does not divide among"
                     f" {mesh.tp_size} ranks, and the routers of experts must not see padding; pad the batch."
                 )
-            if -(x.shape[0] * x.shape[1]) % mesh.tp_size >= x.shape[1]:
+            if torch.is_grad_enabled() and -(x.shape[0] * x.shape[1]) % mesh.tp_size >= x.shape[1]:
                 raise ValueError(
                     f"sequence_parallel: {x.shape[0]} sequences of {x.shape[1]} tokens are too short to be told from"
                     f" the padding for {mesh.tp_size} ranks; use longer ones."
                 )
             _refuse_other_tokens(x, args, kwargs)
-            batch.begin(x.shape[1])
+            batch.begin(x.shape[0], x.shape[1])
             return scatter_tokens(x, mesh)
 
         return _on_hidden(args, kwargs, part)
 
     def join(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         length = batch.of(kwargs)
-        return _on_first(output, lambda x: gather_tokens(x, overlap, reduce=False, length=length))
+        return _on_first(output, lambda x: gather_tokens(x, overlap, reduce=False, length=length, rows=batch.rows))
 
     model.get_submodule(sequence.first).register_forward_pre_hook(split, with_kwargs=True)
-    for region in sequence.regions:
+    for region in {id(model.get_submodule(region.module)): region for region in sequence.regions}.values():
         _attach(model.get_submodule(region.module), region, columns.get(region.module), batch, overlap)
     model.get_submodule(sequence.last).register_forward_hook(join, with_kwargs=True)
     return batch
@@ -128,8 +126,8 @@ def _refuse_other_tokens(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
             )
 
 
-def _attach(module: nn.Module, region: Region, columns: Optional[Columns], batch: Batch, overlap: Overlap) -> None:
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _attach(module: nn.Module, region: Region, columns: Optional[str], batch: Batch, overlap: Overlap) -> None:
+    def enter(entered: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def gathered(x: Tensor) -> Tensor:
             if x.ndim != 3 or x.shape[0] != 1:
                 raise ValueError(
@@ -137,8 +135,12 @@ def _attach(module: nn.Module, region: Region, columns: Optional[Columns], batch
                     " the hidden states; leave it off for this model."
                 )
             length = batch.of(kwargs) if region.mixes else overlap.mesh.tp_size * x.shape[1]
-            full = None if columns is None else columns.gather(x, overlap, length)
-            return gather_tokens(x, overlap, reduce=region.reduces, length=length) if full is None else full
+            rows = batch.rows if region.mixes else 1  # all tokens as one sequence
+            full = None
+            if columns is not None:  # through the module, which may be a copy of the one that was sharded
+                group: Any = entered.get_submodule(columns).group
+                full = group.gather(x, overlap, length)
+            return gather_tokens(x, overlap, reduce=region.reduces, length=length, rows=rows) if full is None else full
 
         return _on_hidden(args, kwargs, gathered)
 
@@ -170,17 +172,17 @@ class _GatherTokens(torch.autograd.Function):
     """Forward: all-gather ``[1, T_r, H]`` -> ``[B, S, H]``. Backward: reduce-scatter of partial gradients, or part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, overlap: Overlap, reduce: bool, length: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, overlap: Overlap, reduce: bool, length: int, rows: Optional[int]) -> Tensor:
         full = all_gather_rows(x[0].contiguous(), overlap.mesh)
         ctx.overlap, ctx.reduce, ctx.padding = overlap, reduce, full.shape[0] % length
-        return as_sequences(full, length)
+        return as_sequences(full, length, rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
         grad = _padded(grads[0].flatten(0, 1), ctx.padding)
         part = ctx.overlap.scatter(grad)() if ctx.reduce else _part(grad, ctx.overlap.mesh)
-        return part[None], None, None, None
+        return part[None], None, None, None, None
 
 
 class _ScatterTokens(torch.autograd.Function):
@@ -210,13 +212,15 @@ def _part(x: Tensor, mesh: Mesh) -> Tensor:
     return x[mesh.tp_rank * rows : (mesh.tp_rank + 1) * rows].clone()
 
 
-def gather_tokens(x: Tensor, overlap: Overlap, *, reduce: bool, length: int) -> Tensor:
-    """All tokens ``[B, S, H]``, S being ``length``, from every rank's own ``[1, T_r, H]``; padding is dropped.
+def gather_tokens(x: Tensor, overlap: Overlap, *, reduce: bool, length: int, rows: Optional[int]) -> Tensor:
+    """All tokens ``[B, S, H]``, B being ``rows`` and S ``length``, from every rank's own ``[1, T_r, H]``.
+
+    Padding is dropped; without ``rows`` it is what fills no sequence.
 
     With ``reduce`` what reads them sees one rank's features, and its gradients are summed as they are scattered;
     without, it does the same on every rank.
     """
-    gathered: Tensor = _GatherTokens.apply(x, overlap, reduce, length)
+    gathered: Tensor = _GatherTokens.apply(x, overlap, reduce, length, rows)
     return gathered
 
 
