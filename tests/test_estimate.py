@@ -266,12 +266,14 @@ def test_data_parallel_communication(zero: int, expected: dict[str, float], tmp_
 
 def test_links() -> None:
     machine = Machine("h100", link_share=1.0)
-    assert machine.link(8, 1) == ("NVLink", 450e9)
-    assert machine.link(16, 1) == ("network", 400e9)  # through eight GPUs' adapters
-    assert machine.link(2, 4) == ("NVLink", 450e9)
-    assert machine.link(4, 4) == ("network", 100e9)
-    assert machine.link(128, 8) == ("network", 50e9)
-    assert Machine("h100", nvlink=1e9, link_share=0.5).link(2, 1) == ("NVLink", 5e8)
+    assert machine.link(8, 1, 1024) == ("NVLink", 450e9)
+    assert machine.link(16, 1, 16) == ("network", 400e9)  # through eight GPUs' adapters
+    assert machine.link(2, 4, 8) == ("NVLink", 450e9)
+    assert machine.link(4, 4, 16) == ("network", 100e9)
+    assert machine.link(3, 1, 9) == ("network", 400e9)  # ranks 6, 7 and 8 are on two nodes
+    assert machine.link(3, 1, 3) == ("NVLink", 450e9)
+    assert machine.link(128, 8, 1024) == ("network", 50e9)
+    assert Machine("h100", nvlink=1e9, link_share=0.5).link(2, 1, 2) == ("NVLink", 5e8)
 
 
 def test_llama_405b_on_1024_gpus_takes_less_than_a_minute(tmp_path: Path) -> None:
@@ -332,15 +334,25 @@ def without_batch() -> tuple[nn.Module, list[dict[str, Tensor]]]:
         ("tests.test_estimate:reads_values", "step depends on the values of its tensors (in aten._local_scalar_dense"),
         ("t5 --tp 2 --sequence-parallel", "sequence_parallel: it needs one list of blocks"),
         ("mixtral --tp 2 --seq 15 --sequence-parallel", "a batch of 1 x 15 tokens does not divide among 2 ranks"),
+        ("clip", "model: clip says no image_size and num_channels, so its batch is not known"),
+        ("vit --seq 77", "seq: vit reads images; leave it out"),
+        ("ODD", "sizes that go together"),
+        ("tests.test_estimate:broken", "gives no model and batches (KeyError: 'key')"),
     ],
 )
 def test_errors_say_what_and_how(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert main(arguments.replace("CONFIG", str(tmp_path)).split()) == 1
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 7}))
+    assert main(arguments.replace("CONFIG", str(tmp_path)).replace("ODD", str(odd)).split()) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("estimate: ") and message in error
+
+
+def broken() -> None:
+    raise KeyError("key")
 
 
 def test_a_process_group_of_the_callers_is_left_alone() -> None:

@@ -203,7 +203,7 @@ def _tensor_parallel(step: Step, job: Job, machine: Machine) -> list[Traffic]:
         sums[1] += size * count
     names = {True: "tensor parallel", False: "ranks that share heads"}
     return [
-        _traffic(kind, names[ranks == job.tp], ranks, 1, count, size, machine)
+        _traffic(kind, names[ranks == job.tp], ranks, 1, count, size, job, machine)
         for (kind, ranks), (count, size) in found.items()
         if ranks > 1
     ]
@@ -220,11 +220,14 @@ def _data_parallel(step: Step, job: Job, machine: Machine) -> list[Traffic]:
         3: [("reduce-scatter", 1, trained), ("all-gather", 2, 2 * weights)],  # for the forward and the backward pass
     }
     return [
-        _traffic(kind, "data parallel", job.dp, job.tp, count, size, machine) for kind, count, size in lines[job.zero]
+        _traffic(kind, "data parallel", job.dp, job.tp, count, size, job, machine)
+        for kind, count, size in lines[job.zero]
     ]
 
 
-def _traffic(kind: str, group: str, ranks: int, stride: int, count: int, size: int, machine: Machine) -> Traffic:
-    link, bandwidth = machine.link(ranks, stride)
+def _traffic(
+    kind: str, group: str, ranks: int, stride: int, count: int, size: int, job: Job, machine: Machine
+) -> Traffic:
+    link, bandwidth = machine.link(ranks, stride, job.tp * job.dp)
     through = {"all-reduce": 2 * (ranks - 1) / ranks, "broadcast": 1.0}.get(kind, (ranks - 1) / ranks)
     return Traffic(kind, group, ranks, link, count, size, size * through / bandwidth)

@@ -76,15 +76,17 @@ class Machine:
         """The data sheet."""
         return GPUS[self.gpu]
 
-    def link(self, ranks: int, stride: int) -> tuple[str, float]:
+    def link(self, ranks: int, stride: int, total: int) -> tuple[str, float]:
         """The slowest link of a ring over ``ranks``, and its bytes a second for one rank, at the share reached.
 
         Args:
             ranks: how many.
             stride: how far they lie apart: 1 for tensor parallel ranks, the tensor parallel size for data parallel
                 ones. Those of a node reach the next node through that many GPUs' share of the network.
+            total: how many ranks the job has; where they do not divide a node, some group lies across two.
         """
         inside = max(1, self.gpus_per_node // stride)
         nvlink = (self.nvlink or self.sheet.nvlink) * self.link_share
         network = (self.network or self.sheet.network) * self.link_share
-        return ("NVLink", nvlink) if ranks <= inside else ("network", min(nvlink, network * inside))
+        within = total <= self.gpus_per_node or ranks <= inside and self.gpus_per_node % (ranks * stride) == 0
+        return ("NVLink", nvlink) if within else ("network", min(nvlink, network * inside))

@@ -58,8 +58,13 @@ def _checkpoint(model: nn.Module) -> None:
 def _from_factory(source: str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model, batches = from_factory(source)
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise ValueError(f"model: {source!r} cannot be imported ({error}); give module:factory.") from None
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(
+            f"model: {source!r} gives no model and batches ({type(error).__name__}: {_first_line(error)}); it must be"
+            " module:factory, a function that returns (model, [batch, ...])."
+        ) from error
     if not batches:
         raise ValueError(f"model: {source!r} returns no batch; return (model, [batch, ...]).")
     return model, batches[0]
@@ -69,16 +74,35 @@ def _from_config(config: "PretrainedConfig", job: Job) -> tuple[nn.Module, dict[
     from transformers.initialization import no_init_weights
 
     with no_init_weights():  # some of it looks at what it drew
-        model = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+        try:
+            model = auto_class(config).from_config(config, dtype=torch.get_default_dtype())
+        except Exception as error:  # of many kinds: what each architecture asks of its config
+            raise ValueError(
+                f"model: {job.model} cannot be built ({type(error).__name__}: {_first_line(error)}); give a config that"
+                " transformers builds a model from."
+            ) from None
     model.tie_weights()
     rows = job.batch or 1
     if task(config) == "image":
-        pixels = torch.zeros(rows, config.num_channels, config.image_size, config.image_size)
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+        if not isinstance(size, int) or not isinstance(channels, int):
+            raise ValueError(
+                f"model: {job.model} says no image_size and num_channels, so its batch is not known; give a"
+                " module:factory that brings one."
+            )
+        if job.seq is not None:
+            raise ValueError(f"seq: {job.model} reads images; leave it out.")
+        pixels = torch.zeros(rows, channels, size, size)
         return model, {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or _LONGEST
     ids = torch.zeros(rows, job.seq or min(longest, _LONGEST), dtype=torch.long)
     return model, {"input_ids": ids, "labels": ids}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"
 
 
 def _config(source: str) -> "PretrainedConfig":
@@ -90,10 +114,10 @@ def _config(source: str) -> "PretrainedConfig":
         try:
             given = json.loads(path.read_text())
             return CONFIG_MAPPING[given["model_type"]].from_dict(given)
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # no JSON, no model type, or values that its class refuses
             raise ValueError(
-                f"model: {str(path)!r} cannot be read ({type(error).__name__}: {error}); it must be JSON with a"
-                " `model_type` that transformers knows."
+                f"model: {str(path)!r} cannot be read ({type(error).__name__}: {_first_line(error)}); it must be JSON"
+                " with a `model_type` that transformers knows and sizes that go together."
             ) from None
     if source in CONFIG_MAPPING:
         return CONFIG_MAPPING[source].from_dict(deepcopy(FEATURES.get(source, {})))
