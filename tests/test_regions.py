@@ -106,10 +106,10 @@ class Net(nn.Module):
         return logits
 
 
-def shard(net: Net, sequence: bool = True, on: bool = False) -> Any:
-    plan = make_plan(net, TPTrainingConfig(autotp_size=2, partition_config=RULES))
+def shard(net: Net, sequence: bool = True, on: bool = False, tp_size: int = 2) -> Any:
+    plan = make_plan(net, TPTrainingConfig(autotp_size=tp_size, partition_config=RULES))
     plan = parallel_sequence(net, plan) if sequence else plan
-    apply_plan(net, plan, build_mesh(2, TPTrainingConfig().tensor_parallel), rank_device(), overlap=on)
+    apply_plan(net, plan, build_mesh(tp_size, TPTrainingConfig().tensor_parallel), rank_device(), overlap=on)
     return net
 
 
@@ -228,3 +228,28 @@ def test_a_measurement_that_fails_leaves_nothing_fused(monkeypatch: pytest.Monke
     monkeypatch.setattr(overlap, "_milliseconds", measured)
     found.overlap.measure()
     assert found.overlap.fused_from == {}
+
+
+@pytest.mark.ranks(3)
+def test_sizes_that_ranks_do_not_divide_are_measured_and_no_random_number_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = shard(Net(Plain).to(rank_device(), torch.bfloat16), on=True, tp_size=3)
+    found = sharded(net)
+    assert found is not None
+    seen: set[int] = set()
+    original = overlap.Overlap._run
+
+    def run(self: overlap.Overlap, form: str, x: Tensor, weights: list[Tensor]) -> Any:
+        seen.add(x.shape[0] * (3 if form.startswith("gather") else 1))
+        self.fused_from = {}  # what is fused cannot run here
+        return original(self, form, x, weights)
+
+    monkeypatch.setattr(overlap, "SIZES", (32, 64))
+    monkeypatch.setattr(overlap.Overlap, "_run", run)
+    monkeypatch.setattr(overlap, "_milliseconds", lambda work, device: (work(), 1.0)[1])
+    before = torch.get_rng_state()
+    for form in found.overlap.weights:
+        assert found.overlap._times(form, None) == {"nccl": [1.0, 1.0], "fused": [1.0, 1.0]}
+    assert seen == {30, 63}
+    assert torch.equal(torch.get_rng_state(), before)

@@ -147,9 +147,13 @@ class Overlap:
         """The milliseconds that a form takes on the slowest rank, with NCCL and fused, for each of :data:`SIZES`."""
         weights = [weight.to(dtype or weight.dtype) for weight in self.weights[form]()]
         times: dict[str, list[float]] = {"nccl": [], "fused": []}
+        draw = torch.Generator(weights[0].device).manual_seed(0)  # a training's random state stays as it is
         for size in SIZES:
-            rows = size // self.mesh.tp_size if form.startswith("gather") else size
-            x = torch.zeros(rows, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
+            rows = size // self.mesh.tp_size
+            rows = rows if form.startswith("gather") else rows * self.mesh.tp_size  # sizes that ranks need not divide
+            # no zeros, which GPUs multiply faster
+            x = torch.empty(rows, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
+            x.normal_(generator=draw)
             for way, first in (("nccl", None), ("fused", 0)):
                 self.fused_from = {} if first is None else {form: first}
                 times[way].append(_milliseconds(lambda x=x: self._run(form, x, weights), x.device))  # type: ignore[misc]
