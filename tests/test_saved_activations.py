@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -503,3 +505,19 @@ def test_one_rank_a_model_has_nothing_to_share() -> None:
     batches = batches_for(128, steps=1)
     got = fitted(llama, batches, True, 1)
     assert_close(got.record.weights, fitted(llama, batches, False, 1).record.weights, 0.0)
+
+
+def test_an_output_that_its_own_op_saves_is_freed_without_a_backward_pass() -> None:
+    """Softmax, tanh and exp save what they put out: kept by a hook as it is, it would keep itself."""
+    mesh: Any = None  # nothing is cut here
+    saved = SavedActivations({}, mesh, lambda place, x: None)
+    x = torch.ones(3, 4, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=DID_NOTHING)
+        with saved.step():
+            probabilities = x.softmax(-1)
+    alive = weakref.ref(probabilities)
+    assert alive() is not None
+    del probabilities
+    gc.collect()
+    assert alive() is None
