@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lightning_autotp import AutoTPStrategy, TPConfig, cross_entropy, parallel
+from lightning_autotp import AutoTPStrategy, TPConfig, cross_entropy
 from lightning_autotp.layout import Layout, even_widths
 from lightning_autotp.loss import _ParallelLoss, parallel_hf_loss
 from lightning_autotp.mesh import build_mesh
@@ -222,21 +219,6 @@ def test_in_one_graph(backend: str) -> None:
     assert_close({"loss": loss}, {"loss": want}, 1e-5, "loss")
     assert_close({"logits": mine.grad}, {"logits": part(head, grad)}, 1e-5)
     assert_same_bits(loss)
-
-
-def test_without_a_triton_that_works_plain_functions_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CPU and for fp64; what the kernels give is in test_cross_entropy_kernels.py."""
-    find: Callable[[], Any] = room._triton_kernels.__wrapped__
-    name = "cross_entropy_kernels"
-    monkeypatch.delattr(parallel, name, raising=False)
-    monkeypatch.setitem(sys.modules, f"{parallel.__name__}.{name}", None)  # as if importing it failed
-    assert find() is None
-    kernels = SimpleNamespace(check=Mock(side_effect=[RuntimeError("no C compiler"), None]))
-    monkeypatch.setitem(sys.modules, f"{parallel.__name__}.{name}", kernels)
-    with pytest.warns(UserWarning, match="because Triton fails: no C compiler"):
-        assert find() is None
-    assert find() is kernels
-    assert room._kernels(torch.zeros(1)) is None
 
 
 @pytest.mark.ranks(2)

@@ -16,6 +16,7 @@ from lightning_autotp import TPConfig
 from lightning_autotp.mesh import build_mesh
 from lightning_autotp.parallel import cross_entropy as room
 from lightning_autotp.parallel.cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
+from lightning_autotp.parallel.kernels import DTYPES
 from tests import test_cross_entropy as whole
 from tests.rank_pool import rank_device
 
@@ -24,7 +25,6 @@ kernels: Any = pytest.importorskip(
 )
 
 SHAPES = [(1, 1), (3, 131), (17, 4096), (5, 32064), (2, 50257)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TERMS = {
     "plain": Terms(),
     "smoothed": Terms(label_smoothing=0.1),
@@ -39,8 +39,8 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("the kernels run on CUDA, and on the CPU with TRITON_INTERPRET=1")
-        monkeypatch.setattr(room, "_kernels", lambda x: kernels if x.dtype in kernels.DTYPES else None)
-    assert room._kernels(torch.zeros(1, device=device)) is kernels
+        monkeypatch.setattr(room, "kernels_of", lambda _, x: kernels if x.dtype in DTYPES else None)
+    assert room.kernels_of("cross_entropy", torch.zeros(1, device=device)) is kernels
     return device
 
 

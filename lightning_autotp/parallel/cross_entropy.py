@@ -6,16 +6,15 @@ the sum of exponentials one after the other; here each rank's own go together, a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Optional
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_gather_rows
+from lightning_autotp.parallel.kernels import kernels_of
 
 _CHUNK = 2**24
 """How many logits are looked at together where no kernel does: what is computed of them in fp32 takes 64 MiB a time."""
@@ -60,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
         known = (target == terms.ignore_index) | ((target >= 0) & (target < vocabulary.size))
         torch._assert_async(known.all(), f"a target is out of range for the {vocabulary.size} logits")
         here, local = _place(target, vocabulary)
-        kernels = _kernels(logits)
+        kernels = kernels_of("cross_entropy", logits)
         statistics = kernels.statistics if kernels else _statistics
         mine = statistics(logits, here, local, with_sum=smoothing > 0)
         everyones = all_gather_rows(mine, mesh).view(mesh.tp_size, *mine.shape)
@@ -89,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
         here, local = _place(target, vocabulary)
         of_target = (grad * (terms.label_smoothing - 1)).masked_fill(~here, 0)
         of_all = grad * (terms.label_smoothing / vocabulary.size) if terms.label_smoothing else None
-        kernels = _kernels(logits)
+        kernels = kernels_of("cross_entropy", logits)
         gradient = kernels.gradient if kernels else _gradient
         return gradient(logits, local, log_sum, of_softmax, of_target, of_all), None, None, None, None
 
@@ -122,32 +121,6 @@ def _gradient(
             part.sub_(of_all[rows])
         result[rows] = part.scatter_add_(1, local[rows], of_target[rows])
     return result
-
-
-def _kernels(logits: Tensor) -> Any:
-    """The module whose ``statistics`` and ``gradient`` are :func:`_statistics` and :func:`_gradient` in one pass each.
-
-    None where it does not serve: elsewhere than on CUDA, for fp64, and in a graph, whose compiler fuses by itself.
-    """
-    if torch.compiler.is_compiling() or not logits.is_cuda:
-        return None
-    kernels = _triton_kernels()
-    return kernels if kernels and logits.dtype in kernels.DTYPES else None
-
-
-@cache
-def _triton_kernels() -> Any:
-    """The Triton kernels; None without Triton, or where it cannot launch anything."""
-    try:
-        from lightning_autotp.parallel import cross_entropy_kernels
-    except ImportError:
-        return None
-    try:
-        cross_entropy_kernels.check()
-    except Exception as error:  # of many kinds: no C compiler, no headers of Python's, a cache that cannot be written
-        rank_zero_warn(f"The loss of a sharded vocabulary takes longer than it need, because Triton fails: {error}")
-        return None
-    return cross_entropy_kernels
 
 
 def _place(target: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

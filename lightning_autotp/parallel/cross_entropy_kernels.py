@@ -11,16 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the logits; what is computed of them is fp32."""
-
 _LAUNCH = {"BLOCK": 4096, "num_warps": 4}
 """32 logits a thread, all loaded before the first is used, and small enough for several programs a multiprocessor."""
-
-
-def check() -> None:
-    """Raise what Triton raises where it can launch nothing; it builds its launchers with a C compiler."""
-    _ = triton.runtime.driver.active
 
 
 def statistics(logits: Tensor, here: Tensor, local: Tensor, *, with_sum: bool) -> Tensor:
