@@ -1,7 +1,7 @@
 """A module whose inside is cut: what enters is whole, what leaves is summed over the ranks."""
 
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import added_once, copy_input, reduce_output
+from lightning_autotp.parallel.experts import GroupedExperts
 
 
 class Boundary(nn.Module):
@@ -19,6 +20,8 @@ class Boundary(nn.Module):
     """
 
     mesh: Mesh
+    config: Any
+    grouped: Optional[GroupedExperts]
     _inside: bool = False
 
     @staticmethod
@@ -34,15 +37,19 @@ class Boundary(nn.Module):
         own: Any = type(module)
         module.__class__ = _bounded(own, once)
         module.mesh = mesh  # type: ignore[assignment]
+        module.grouped = GroupedExperts.of(module)  # type: ignore[assignment]
         for name in passing:
             setattr(module, name, OnFirstRank(mesh))
         return module  # type: ignore[return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(self._entering, (args, kwargs))
+        forward = super().forward
+        if self.grouped is not None and self.config._experts_implementation == "grouped_mm":
+            forward = partial(self.grouped, self)
         self._inside = True
         try:
-            output = super().forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             self._inside = False
         if not isinstance(output, Tensor):
