@@ -335,6 +335,8 @@ def without_batch() -> tuple[nn.Module, list[dict[str, Tensor]]]:
         ("t5 --tp 2 --sequence-parallel", "sequence_parallel: it needs one list of blocks"),
         ("mixtral --tp 2 --seq 15 --sequence-parallel", "a batch of 1 x 15 tokens does not divide among 2 ranks"),
         ("clip", "model: clip says no image_size and num_channels, so its batch is not known"),
+        ("gpt2 --seq 1025", "seq: gpt2 learns its positions, of which it has 1024; give 1024 or less"),
+        ("opt --seq 2049", "seq: opt learns its positions, of which it has 2048; give 2048 or less"),
         ("vit --seq 77", "seq: vit reads images; leave it out"),
         ("ODD", "sizes that go together"),
         ("tests.test_estimate:broken", "gives no model and batches (KeyError: 'key')"),
@@ -349,6 +351,11 @@ def test_errors_say_what_and_how(
     assert main(arguments.replace("CONFIG", str(tmp_path)).replace("ODD", str(odd)).split()) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("estimate: ") and message in error
+
+
+def test_positions_that_are_not_learned_go_on(tmp_path: Path) -> None:
+    job = Job(llama(tmp_path, 1, 131, **TINY, max_position_embeddings=16), batch=1, seq=17)
+    assert estimate(job, Machine()).memory.peak > 0
 
 
 def broken() -> None:

@@ -96,8 +96,15 @@ def _from_config(config: "PretrainedConfig", job: Job) -> tuple[nn.Module, dict[
         return model, {"pixel_values": pixels, "labels": torch.zeros(rows, dtype=torch.long)}
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or _LONGEST
+    if (job.seq or 0) > longest and any(_learns_positions(name, module) for name, module in model.named_modules()):
+        raise ValueError(f"seq: {job.model} learns its positions, of which it has {longest}; give {longest} or less.")
     ids = torch.zeros(rows, job.seq or min(longest, _LONGEST), dtype=torch.long)
     return model, {"input_ids": ids, "labels": ids}
+
+
+def _learns_positions(name: str, module: nn.Module) -> bool:
+    name = name.rpartition(".")[2]
+    return isinstance(module, nn.Embedding) and (name == "wpe" or "position" in name)
 
 
 def _first_line(error: Exception) -> str:
