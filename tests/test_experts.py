@@ -88,6 +88,30 @@ def test_tokens_of_no_expert_but_one_and_of_all_of_them() -> None:
         assert_close(run(experts, lambda *args: grouped(experts, *args), *given), run(experts, experts, *given), 1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("kind", ["gated", "own gate, biases, transposed", "no gate"])
+def test_parts_that_grouped_matmuls_do_not_take(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """A rank's share of an expert may be of any width."""
+    experts = built(kind).to(dtype)
+    for name, parameter in experts.named_parameters():
+        if name.startswith("down") and not name.endswith("bias"):
+            parameter.data = parameter[:, :19] if experts.is_transposed else parameter[..., :19]
+        elif not name.startswith("down"):
+            dim, width = -1 if experts.is_transposed else 1, 38 if experts.has_gate else 19
+            parameter.data = parameter.narrow(dim, 0, width).clone()
+    grouped = GroupedExperts.of(experts)
+    assert grouped is not None
+    hidden, index, weights = routed(experts, 9)
+    given = hidden.to(dtype), index, weights.to(dtype)
+    found = run(experts, lambda *args: grouped(experts, *args), *given)
+    exact = built(kind)
+    for ours, wide in zip(exact.parameters(), experts.parameters(), strict=True):
+        ours.data = wide.data.double()
+    exact.config._experts_implementation = "eager"
+    want = run(exact, exact, given[0].double(), index, given[2].double())
+    assert_close({n: t.double() for n, t in found.items()}, want, tolerance)
+
+
 def test_gradients_of_moving_rows_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     place = torch.randperm(12).view(4, 3)

@@ -26,7 +26,7 @@ from lightning_autotp.planner import make_plan
 from lightning_autotp.presets import find_preset
 from lightning_autotp.sequence import parallel_sequence
 from lightning_autotp.verification.errors import MODEL_SCALE
-from lightning_autotp.verification.small import small_batches, small_config, small_model
+from lightning_autotp.verification.small import group_experts, small_batches, small_config, small_model
 from tests.closeness import assert_close, relative_errors
 from tests.rank_pool import rank_device
 
@@ -153,6 +153,7 @@ def check(case: str, tp_size: int, mode: str) -> None:
     reference, batches = build(case)
     want = train(reference, batches)
     model, _ = build(case)
+    group_experts(model)
     preset = CASES[case][0]
     overlap = mode != ""
     plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size, tp_overlap_comm=overlap))

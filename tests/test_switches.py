@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_autotp import AutoTPStrategy
 from tests import models
@@ -33,7 +34,13 @@ def name_of(switches: dict[str, bool]) -> str:
     return "+".join(name.partition("_")[0] for name, on in switches.items() if on)
 
 
-def check(tp_size: int, switches: dict[str, bool], factory: Any = models.tiny_llama, **trainer: Any) -> LossModel:
+def check(
+    tp_size: int,
+    switches: dict[str, bool],
+    factory: Any = models.tiny_llama,
+    reference: Any = models.tiny_llama,
+    **trainer: Any,
+) -> LossModel:
     torch._dynamo.reset()
     options: dict[str, Any] = {"kv_heads": 2, "tied": True, "vocab": 131}
     batches = batches_for(131)
@@ -41,7 +48,7 @@ def check(tp_size: int, switches: dict[str, bool], factory: Any = models.tiny_ll
     defaults = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "use_distributed_sampler": False}
     strategy = AutoTPStrategy(autotp_size=tp_size, **switches)  # type: ignore[arg-type]
     models.quiet_trainer(strategy=strategy, **defaults, **trainer).fit(model)
-    assert_parity(model, partial(reference_run, models.tiny_llama, batches, **options))
+    assert_parity(model, partial(reference_run, reference, batches, **options))
     compiled = [layer._compiled_call_impl is not None for layer in model.model.get_submodule("model.layers").children()]
     assert compiled == [switches["compile"]] * len(compiled)
     return model
@@ -62,6 +69,31 @@ def test_eager_switches_at_tp2_dp2_and_at_tp4_with_shared_key_heads(tp_size: int
 @pytest.mark.ranks(2, timeout=240)
 def test_all_switches_with_checkpointed_blocks() -> None:
     check(2, dict.fromkeys(SWITCHES, True), checkpointed_llama)
+
+
+def tiny_mixtral(kv_heads: int, tied: bool, vocab: int, experts: str = "eager") -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": kv_heads,
+        "num_local_experts": 4,
+        "tie_word_embeddings": tied,
+        "use_cache": False,
+        "experts_implementation": experts,
+    }
+    return MixtralForCausalLM(MixtralConfig(**options))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.ranks(2, timeout=240)
+def test_all_switches_with_experts(compiled: bool) -> None:
+    """They are grouped, as transformers does by default but cannot in fp64."""
+    switches = dict.fromkeys(SWITCHES, True) | {"compile": compiled}
+    check(2, switches, partial(tiny_mixtral, experts="grouped_mm"), tiny_mixtral)
 
 
 @pytest.mark.ranks(2, timeout=240)

@@ -31,10 +31,12 @@ class GroupedExperts:
 
     Args:
         linear: transformers' ``(rows, weight, ends, bias, is_transposed) -> rows``, one matmul for each group of rows.
+        one_by_one: its ``(rows, weight, ends) -> rows``, which takes what torch's grouped matmul does not.
         is_swiglu: whether gates come first and go through SiLU.
     """
 
     linear: Callable[..., Tensor]
+    one_by_one: Callable[..., Tensor]
     is_swiglu: bool
 
     @staticmethod
@@ -46,6 +48,7 @@ class GroupedExperts:
             from transformers.integrations import moe
 
             linear, gate = moe._grouped_linear, moe._default_apply_gate
+            one_by_one = torch.ops.transformers.grouped_mm_fallback
             traits = set(inspect.signature(moe.use_experts_implementation).parameters)
         except (ImportError, AttributeError):
             return None
@@ -53,7 +56,7 @@ class GroupedExperts:
             return None
         kind: Any = type(experts)
         is_swiglu = kind._apply_gate is gate and type(getattr(experts, "act_fn", None)).__name__ in _SILU
-        return GroupedExperts(linear, is_swiglu)
+        return GroupedExperts(linear, one_by_one, is_swiglu)
 
     def __call__(self, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What ``grouped_mm_experts_forward`` of transformers computes, step by step.
@@ -79,8 +82,13 @@ class GroupedExperts:
         ends = torch.histc(counted, count, 0, count - 1).cumsum(0, dtype=torch.int32)
 
         def linear(rows: Tensor, name: str) -> Tensor:
+            weight = getattr(experts, name)
             bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-            return self.linear(rows, getattr(experts, name), ends, bias, experts.is_transposed)
+            if _is_aligned(weight):
+                return self.linear(rows, weight, ends, bias, experts.is_transposed)
+            matrices = weight if experts.is_transposed else weight.transpose(-2, -1)
+            rows = self.one_by_one(rows.to(weight.dtype), matrices, ends)
+            return rows if bias is None else rows + bias
 
         rows: Tensor = _Spread.apply(hidden_states, place)
         if experts.has_gate:
@@ -90,6 +98,12 @@ class GroupedExperts:
             rows = experts.act_fn(linear(rows, "up_proj"))
         joined: Tensor = _Join.apply(linear(rows, "down_proj"), top_k_weights, place, hidden_states.dtype)
         return joined
+
+
+def _is_aligned(weight: Tensor) -> bool:
+    """Whether torch's grouped matmul takes ``[E, M, N]``: no fp64, and rows of 16 bytes, forward and backward."""
+    size = weight.element_size()
+    return size < 8 and not any(length * size % 16 for length in weight.shape[1:])
 
 
 class _Spread(torch.autograd.Function):

@@ -172,6 +172,10 @@ def reference(rank: int, case: Case, path: str) -> None:
 def measure(rank: int, case: Case, path: str) -> Measured:
     """The sharded run, compared with the unsharded one at ``path``."""
     model, batches = _build(case)
+    if ":" not in case.source:
+        from lightning_autotp.verification.small import group_experts
+
+        group_experts(model)
     full = {name: p.numel() for name, p in model.named_parameters()}
     mesh = build_mesh(case.tp_size, TPConfig())
     try:

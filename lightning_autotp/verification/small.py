@@ -193,6 +193,12 @@ def small_config(source: Union[str, PathLike[str]], *, kv_heads: int = 2) -> Pre
     return cls.from_dict(small, experts_implementation="eager")
 
 
+def group_experts(model: Any) -> None:
+    """Let experts be computed as transformers does by default, which cannot be in fp64: for what is to be compared."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("grouped_mm")
+
+
 def small_model(config: PretrainedConfig, *, seed: int = 0, tied: Optional[bool] = None) -> nn.Module:
     """The model of a small config, in fp32: the same weights for the same arguments.
 
