@@ -121,6 +121,12 @@ def _boundaries(matcher: Matcher, entries: Mapping[str, ParameterPlan]) -> tuple
     found = []
     for path, module in matcher.modules.items():
         if path and matcher.boundary(path) and any(f"{inner}.".startswith(f"{path}.") for inner in cut):
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"{path} ({type(module).__name__}): its forward was replaced on the object, and nothing would sum"
+                    " its outputs over the ranks; remove what replaced it (hooks of other libraries do), or skip what"
+                    " is inside."
+                )
             whole = (entries[f"{path}.{name}"] for name, p in module._parameters.items() if p is not None)
             once = [e.name.rpartition(".")[2] for e in whole if e.kind == "row" and e.layout.is_replicated]
             children = [n for n, child in module.named_children() if type(child) is nn.Identity]

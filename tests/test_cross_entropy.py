@@ -190,6 +190,17 @@ def test_a_target_out_of_range_is_an_error() -> None:
             cross_entropy(part(head, logits), target, head)
 
 
+@pytest.mark.ranks(2)
+def test_gradients_of_gradients_are_an_error() -> None:
+    """Not zeros, though the gradient that comes in is a constant."""
+    head = sharded_head()
+    logits, target = drawn(6)
+    mine = part(head, logits)
+    (grad,) = torch.autograd.grad(cross_entropy(mine, target, head), mine, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.ranks(3)
 def test_one_collective_forward_and_none_backward() -> None:
     head = sharded_head()

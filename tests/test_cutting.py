@@ -582,6 +582,16 @@ def test_parameter_without_a_boundary_is_refused_by_name() -> None:
     assert plan(model, *MLP_RULES, GATE_UP, DOWN, EXPERTS).boundaries, "the fix of the message works"
 
 
+def test_experts_whose_forward_was_replaced_are_refused_by_name() -> None:
+    experts = Experts()
+    model = module(experts=experts)
+    experts.forward = experts.forward  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^experts \(Experts\): its forward was replaced on the object, and nothing"):
+        plan(model, GATE_UP, DOWN, EXPERTS)
+    del experts.forward
+    assert plan(model, GATE_UP, DOWN, EXPERTS).boundaries, "the fix of the message works"
+
+
 class ExpertsOfLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def run(experts: Any, compute: Any, hidden: Tensor, index: Tensor, weights: Tens
 def test_they_are_transformers_own(kind: str, implementation: str) -> None:
     experts = built(kind)
     grouped = GroupedExperts.of(experts)
-    assert grouped is not None and grouped.is_swiglu == (kind in ("gated", "many"))
+    assert grouped is not None
     for count in (1, 33):
         given = routed(experts, count)
         found = run(experts, lambda *args: grouped(experts, *args), *given)
@@ -159,13 +159,111 @@ def test_only_grouped_mm_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = built("gated")
     given = routed(experts, 7)
     want = experts(*given)
+    config = experts.config
     boundary = Boundary.convert(experts, build_mesh(1, TPConfig()))
     spread = Mock(side_effect=room._Spread.apply)
     monkeypatch.setattr(room._Spread, "apply", spread)
     for implementation, calls in (("grouped_mm", 1), ("eager", 1), ("batched_mm", 1), ("grouped_mm", 2)):
-        boundary.config._experts_implementation = implementation
+        config._experts_implementation = implementation
         assert_close({"out": boundary(*given)}, {"out": want}, 1e-5)
         assert spread.call_count == calls
+
+
+def mine(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Somebody's own experts."""
+    return hidden_states * top_k_weights.sum(1, keepdim=True) + self.num_experts
+
+
+class Mine(MixtralExperts):
+    forward = mine
+
+
+class Watched(MixtralExperts):
+    """Calls what it inherits, and changes it."""
+
+    def forward(self, *args: Any) -> Tensor:
+        return 2 * super().forward(*args)
+
+
+class Undecorated(nn.Module):
+    """Has what transformers' experts have."""
+
+    forward = mine
+    num_experts, has_gate, config = 3, True, None
+
+    def _apply_gate(self) -> None: ...
+
+
+@pytest.mark.parametrize("way", ["subclass", "subclass that calls it", "patched", "registered", "own class"])
+@pytest.mark.ranks(1)
+def test_somebodys_own_experts_stay_theirs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = built("gated")
+    if way.startswith("subclass"):
+        experts.__class__ = Mine if way == "subclass" else Watched
+    elif way == "patched":
+        monkeypatch.setattr(MixtralExperts, "forward", mine)
+    elif way == "registered":
+        monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "grouped_mm", mine)
+    given = routed(experts, 7)
+    if way == "own class":
+        experts = Undecorated()
+    want = experts(*given)
+    assert GroupedExperts.of(experts) is None
+    assert torch.equal(Boundary.convert(experts, build_mesh(1, TPConfig()))(*given), want)
+
+
+@pytest.mark.parametrize("way", ["gate of its own", "hook", "replaced", "patched"])
+@pytest.mark.ranks(1)
+def test_somebodys_own_gates_stay_theirs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = built("gated")
+    swiglu = Mock(side_effect=room._SwiGLU.apply)
+    monkeypatch.setattr(room._SwiGLU, "apply", swiglu)
+    if way == "gate of its own":
+        experts._apply_gate = lambda rows: rows.chunk(2, -1)[1]
+    boundary = Boundary.convert(experts, build_mesh(1, TPConfig()))
+    given = routed(experts, 7)
+    usual = boundary(*given)
+    assert swiglu.call_count == (way != "gate of its own")
+    if way == "hook":
+        experts.act_fn.register_forward_hook(lambda module, args, output: output + 1)
+    elif way == "replaced":
+        experts.act_fn = nn.Sigmoid()
+    elif way == "patched":
+        experts.act_fn.forward = torch.sigmoid
+    found = boundary(*given)
+    assert swiglu.call_count == (way != "gate of its own")
+    experts.config._experts_implementation = "eager"
+    if way == "gate of its own":  # transformers' eager form gates by itself
+        assert not torch.allclose(found, boundary(*given), atol=1e-2)
+        return
+    assert_close({"out": found}, {"out": boundary(*given)}, 1e-5)
+    assert not torch.allclose(found, usual, atol=1e-2)
+
+
+@pytest.mark.ranks(1)
+def test_the_tokens_that_transformers_spreads_itself_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It marks tokens of other ranks' experts by an id beyond the last."""
+    experts = built("gated")
+    hidden, index, weights = routed(experts, 7)
+    index[::2, 0] = experts.num_experts
+    weights = weights.masked_fill(index == experts.num_experts, 0)
+    experts._is_expert_parallel = True
+    want = experts(hidden, index, weights)
+    boundary = Boundary.convert(experts, build_mesh(1, TPConfig()))
+    monkeypatch.setattr(room._Spread, "apply", Mock(side_effect=AssertionError))
+    assert torch.equal(boundary(hidden, index, weights), want)
+
+
+def test_gradients_of_gradients_are_an_error() -> None:
+    """Not zeros, where the gradient that comes in is a constant, as that of a sum is."""
+    experts = built("gated")
+    grouped = GroupedExperts.of(experts)
+    assert grouped is not None
+    hidden, index, weights = routed(experts, 7)
+    weights.requires_grad_()
+    (first,) = torch.autograd.grad(grouped(experts, hidden, index, weights).sum(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.square().sum().backward()
 
 
 @pytest.mark.ranks(1)

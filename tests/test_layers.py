@@ -138,6 +138,16 @@ def test_a_callers_gradient_is_not_overwritten() -> None:
     assert torch.equal(grad, torch.ones_like(out))
 
 
+@pytest.mark.ranks(2)
+def test_gradients_of_gradients_are_an_error() -> None:
+    """Not zeros, where the gradient that comes in is a constant, as that of a sum is."""
+    model = shard(seeded(MLP), *MLP_SPECS)
+    x = inputs(5, 16).requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("frozen", ["up", "gate", "up|gate", "down", "up|gate|down"])
 @pytest.mark.ranks(2)
 def test_frozen_weights(frozen: str) -> None:

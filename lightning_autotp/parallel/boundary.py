@@ -20,8 +20,7 @@ class Boundary(nn.Module):
     """
 
     mesh: Mesh
-    config: Any
-    grouped: Optional[GroupedExperts]
+    _grouped: Optional[GroupedExperts]
     _inside: bool = False
 
     @staticmethod
@@ -35,9 +34,10 @@ class Boundary(nn.Module):
             passing: its children that pass their input on to the output, once and not per rank.
         """
         own: Any = type(module)
+        grouped = GroupedExperts.of(module)
         module.__class__ = _bounded(own, once)
         module.mesh = mesh  # type: ignore[assignment]
-        module.grouped = GroupedExperts.of(module)  # type: ignore[assignment]
+        module._grouped = grouped  # type: ignore[assignment]
         for name in passing:
             setattr(module, name, OnFirstRank(mesh))
         return module  # type: ignore[return-value]
@@ -45,8 +45,8 @@ class Boundary(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(self._entering, (args, kwargs))
         forward = super().forward
-        if self.grouped is not None and self.config._experts_implementation == "grouped_mm":
-            forward = partial(self.grouped, self)
+        if self._grouped is not None and self._grouped.serves(self):
+            forward = partial(self._grouped, self)
         self._inside = True
         try:
             output = forward(*args, **kwargs)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
+from lightning_autotp.parallel.once import once_differentiable
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 

@@ -10,11 +10,11 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_gather_rows
 from lightning_autotp.parallel.kernels import kernels_of
+from lightning_autotp.parallel.once import once_differentiable
 
 _CHUNK = 2**24
 """How many logits are looked at together where no kernel does: what is computed of them in fp32 takes 64 MiB a time."""

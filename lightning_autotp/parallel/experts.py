@@ -13,16 +13,15 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_autotp.parallel.kernels import kernels_of
+from lightning_autotp.parallel.once import once_differentiable
 
 _TRAITS = {"experts_class", "experts_interface"}
 _TRAITS |= {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
 """How ``use_experts_implementation`` describes experts; a release that has more to say computes them by itself."""
 
-_SILU = ("SiLU", "SiLUActivation")
-"""Names of the classes of this activation, torch's and transformers'."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -30,33 +29,41 @@ class GroupedExperts:
     """How some of transformers' experts compute.
 
     Args:
-        linear: transformers' ``(rows, weight, ends, bias, is_transposed) -> rows``, one matmul for each group of rows.
+        linear: transformers' ``(rows, weight, offs=, bias=, is_transposed=) -> rows``, a matmul for each group of rows.
         one_by_one: its ``(rows, weight, ends) -> rows``, which takes what torch's grouped matmul does not.
-        is_swiglu: whether gates come first and go through SiLU.
+        gates_first: whether it is transformers' own gate: the first half of the features goes through the activation.
     """
 
     linear: Callable[..., Tensor]
     one_by_one: Callable[..., Tensor]
-    is_swiglu: bool
+    gates_first: bool
 
     @staticmethod
     def of(experts: nn.Module) -> "Optional[GroupedExperts]":
-        """None if ``experts`` are not of transformers, or of a release that knows other kinds of them."""
-        if not hasattr(experts, "_apply_gate") or not all(hasattr(experts, name) for name in ("has_gate", "config")):
+        """None if ``experts`` are not computed by transformers' own functions, or by a release that describes more."""
+        kind: Any = type(experts)
+        # a subclass, or whoever patched the class, may compute something else; only the decorator's forward says what
+        interface = inspect.getclosurevars(kind.forward).nonlocals.get("experts_interface")
+        if interface is None:
             return None
         try:
             from transformers.integrations import moe
 
+            own = interface is moe.ALL_EXPERTS_FUNCTIONS and interface["grouped_mm"] is moe.grouped_mm_experts_forward
             linear, gate = moe._grouped_linear, moe._default_apply_gate
             one_by_one = torch.ops.transformers.grouped_mm_fallback
             traits = set(inspect.signature(moe.use_experts_implementation).parameters)
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, KeyError):
             return None
-        if not traits <= _TRAITS or getattr(experts, "has_post_expert_norm", False):
+        if not own or not traits <= _TRAITS or getattr(experts, "has_post_expert_norm", False):
             return None
-        kind: Any = type(experts)
-        is_swiglu = kind._apply_gate is gate and type(getattr(experts, "act_fn", None)).__name__ in _SILU
-        return GroupedExperts(linear, one_by_one, is_swiglu)
+        return GroupedExperts(linear, one_by_one, kind._apply_gate is gate and "_apply_gate" not in vars(experts))
+
+    def serves(self, experts: Any) -> bool:
+        """Whether experts that :meth:`of` knows are computed so now; transformers reads its config in every call."""
+        # where transformers itself spreads experts over ranks, it marks the tokens of others by ids beyond the last
+        spread = getattr(experts, "_is_expert_parallel", False)
+        return experts.config._experts_implementation == "grouped_mm" and not spread
 
     def __call__(self, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What ``grouped_mm_experts_forward`` of transformers computes, step by step.
@@ -85,7 +92,7 @@ class GroupedExperts:
             weight = getattr(experts, name)
             bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
             if _is_aligned(weight):
-                return self.linear(rows, weight, ends, bias, experts.is_transposed)
+                return self.linear(rows, weight, offs=ends, bias=bias, is_transposed=experts.is_transposed)
             matrices = weight if experts.is_transposed else weight.transpose(-2, -1)
             rows = self.one_by_one(rows.to(weight.dtype), matrices, ends)
             return rows if bias is None else rows + bias
@@ -93,11 +100,19 @@ class GroupedExperts:
         rows: Tensor = _Spread.apply(hidden_states, place)
         if experts.has_gate:
             rows = linear(rows, "gate_up_proj")
-            rows = _SwiGLU.apply(rows) if self.is_swiglu else experts._apply_gate(rows)
+            swiglu = self.gates_first and _is_silu(experts.act_fn)
+            rows = _SwiGLU.apply(rows) if swiglu else experts._apply_gate(rows)
         else:
             rows = experts.act_fn(linear(rows, "up_proj"))
         joined: Tensor = _Join.apply(linear(rows, "down_proj"), top_k_weights, place, hidden_states.dtype)
         return joined
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether it is torch's or transformers' own, and nobody watches or changes what it does."""
+    kind = type(activation)
+    known = kind is nn.SiLU or (kind.__module__, kind.__name__) == ("transformers.activations", "SiLUActivation")
+    return known and "forward" not in vars(activation) and not any(getattr(activation, hooks) for hooks in _HOOKS)
 
 
 def _is_aligned(weight: Tensor) -> bool:

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_reduced, copy_input, gather_output, reduce_output, split_input
+from lightning_autotp.parallel.once import once_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences, form_of
 from lightning_autotp.reading import delegates
 

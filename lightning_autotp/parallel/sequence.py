@@ -9,10 +9,10 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_gather_rows
+from lightning_autotp.parallel.once import once_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences
 from lightning_autotp.plan import Region, SequencePlan
 
