@@ -60,7 +60,7 @@ def run(experts: Any, compute: Any, hidden: Tensor, index: Tensor, weights: Tens
     experts.zero_grad()
     hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
     out = compute(hidden, index, weights)
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
     assert hidden.grad is not None and weights.grad is not None
     grads = {name: p.grad for name, p in experts.named_parameters()}
     return {"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad, **grads}
@@ -153,7 +153,7 @@ def test_a_release_with_other_kinds_computes_them_itself(monkeypatch: pytest.Mon
     assert GroupedExperts.of(experts) is None
 
 
-@pytest.mark.ranks(1)
+@pytest.mark.ranks(1, device="cpu")
 def test_only_grouped_mm_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be chosen at any time, as transformers reads its config in every call."""
     experts = built("gated")
@@ -195,7 +195,7 @@ class Undecorated(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["subclass", "subclass that calls it", "patched", "registered", "own class"])
-@pytest.mark.ranks(1)
+@pytest.mark.ranks(1, device="cpu")
 def test_somebodys_own_experts_stay_theirs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = built("gated")
     if way.startswith("subclass"):
@@ -213,7 +213,7 @@ def test_somebodys_own_experts_stay_theirs(way: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("way", ["gate of its own", "hook", "replaced", "patched"])
-@pytest.mark.ranks(1)
+@pytest.mark.ranks(1, device="cpu")
 def test_somebodys_own_gates_stay_theirs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = built("gated")
     swiglu = Mock(side_effect=room._SwiGLU.apply)
@@ -240,7 +240,7 @@ def test_somebodys_own_gates_stay_theirs(way: str, monkeypatch: pytest.MonkeyPat
     assert not torch.allclose(found, usual, atol=1e-2)
 
 
-@pytest.mark.ranks(1)
+@pytest.mark.ranks(1, device="cpu")
 def test_the_tokens_that_transformers_spreads_itself_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It marks tokens of other ranks' experts by an id beyond the last."""
     experts = built("gated")
@@ -266,7 +266,7 @@ def test_gradients_of_gradients_are_an_error() -> None:
         first.square().sum().backward()
 
 
-@pytest.mark.ranks(1)
+@pytest.mark.ranks(1, device="cpu")
 def test_a_graph_of_them_is_whole() -> None:
     experts = built("gated")
     given = routed(experts, 33)
