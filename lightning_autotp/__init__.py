@@ -1,7 +1,7 @@
 """Tensor parallel training in PyTorch Lightning: ``Trainer(strategy=AutoTPStrategy(autotp_size=4))``."""
 
 from lightning_autotp.config import TPConfig, TPTrainingConfig
-from lightning_autotp.loss import cross_entropy
+from lightning_autotp.head_loss import cross_entropy, linear_cross_entropy
 from lightning_autotp.plan import ShardingPlan
 from lightning_autotp.planner import make_plan
 from lightning_autotp.presets import AutoTPPresets
@@ -19,6 +19,7 @@ __all__ = [
     "TPLayerSpec",
     "TPTrainingConfig",
     "cross_entropy",
+    "linear_cross_entropy",
     "make_plan",
     "merge_autotp_configs",
     "verify",

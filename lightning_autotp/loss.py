@@ -1,153 +1,39 @@
-"""The loss of a sharded vocabulary: ``cross_entropy`` for training steps, Hugging Face models' own, the switch."""
+"""Hugging Face models' own loss of a sharded vocabulary, and the switch: ``AutoTPStrategy(loss_parallel=...)``."""
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, Optional
+from types import FunctionType
+from typing import Any, Literal, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_autotp.parallel.cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
-from lightning_autotp.parallel.linear import ColumnParallel, ColumnParallelLinear
+from lightning_autotp.head_loss import cross_entropy, defers, fused_loss, linear_of, other_computation, vocabulary_of
+from lightning_autotp.parallel.cross_entropy import Terms
+from lightning_autotp.parallel.linear import ColumnParallelLinear
+from lightning_autotp.parallel.linear_cross_entropy import take_head_input
 from lightning_autotp.plan import ShardingPlan
 
+LossParallel = Union[bool, Literal["fused"]]
+"""What ``AutoTPStrategy(loss_parallel=...)`` takes."""
+
+_FUSED = "fused"
 _HEAD_NAMES = ("lm_head", "embed_out", "output_layer", "decoder")
-_REDUCTIONS = ("mean", "sum", "none")
 _BY_ID = ("Chameleon", "Inkling")
 """Beginnings of the names of transformers' classes whose forward picks logits by their ids, which a part has not."""
-
-
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    head: nn.Module,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    z_loss: float = 0.0,
-) -> Tensor:
-    """Cross entropy of logits whose head may be cut along the vocabulary; the same on every tensor parallel rank.
-
-    With ``AutoTPStrategy(loss_parallel=True)`` a head's logits in training are this rank's part, and each rank reads
-    nothing but them; see :mod:`lightning_autotp.parallel.cross_entropy`. Of a head that is not cut it is
-    :func:`torch.nn.functional.cross_entropy`, so that a LightningModule that calls this runs in any Trainer.
-
-    Args:
-        logits: ``[..., V]``, or this rank's part ``[..., V_r]``; computed in fp32, fp64 ones in fp64.
-        target: ``[...]``, ids of the whole vocabulary.
-        head: the linear that made the logits, as the model holds it.
-        ignore_index: the target of tokens that do not count.
-        label_smoothing: as in torch.
-        reduction: ``"mean"`` over the tokens that count (NaN if there are none, as in torch), ``"sum"`` or ``"none"``.
-        z_loss: adds ``z_loss * logsumexp(logits) ** 2`` to the loss of each token that counts (PaLM,
-            arXiv:2204.02311, section 5).
-
-    Returns:
-        A scalar, or ``[...]`` with reduction ``"none"``.
-
-    Raises:
-        ValueError: if the arguments do not go together; the message names the argument and the fix.
-    """
-    linear = _linear(head)
-    _check(logits, target, label_smoothing, reduction)
-    terms = Terms(ignore_index, label_smoothing, z_loss)
-    rows = target.reshape(-1)
-    losses = _losses(logits.reshape(-1, logits.shape[-1]), rows, linear, terms)
-    if reduction == "none":
-        return losses.view(target.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / (rows != ignore_index).sum()
-
-
-def _linear(head: nn.Module) -> nn.Linear:
-    linear = getattr(head, "base_layer", getattr(head, "original_module", head))  # PEFT's, around what it adapts
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(
-            f"head: the nn.Linear that made the logits belongs here (a model's `lm_head`), not {type(head).__name__}."
-        )
-    return linear
-
-
-def _check(logits: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction: {reduction!r} is none of {', '.join(map(repr, _REDUCTIONS))}.")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: {label_smoothing} is not between 0 and 1.")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits: floating-point numbers belong here, not {logits.dtype}.")
-    if target.is_floating_point() or target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"target: ids of shape {list(logits.shape[:-1])} belong to logits {list(logits.shape)}, not"
-            f" {list(target.shape)} of {target.dtype}; give one id for each row of logits, not probabilities."
-        )
-
-
-def _losses(logits: Tensor, target: Tensor, head: nn.Linear, terms: Terms) -> Tensor:
-    """The loss of each row of logits ``[T, V]`` or ``[T, V_r]``."""
-    width, full = logits.shape[1], head.out_features
-    vocabulary = _vocabulary(head)
-    if vocabulary is None or width == full != vocabulary.length:
-        if width != full:
-            raise ValueError(
-                f"logits: the last size is {width}, but the head has {full} output features; give the logits that"
-                " `head` made, or the head that made them."
-            )
-        if vocabulary is None or torch.is_grad_enabled() and logits.requires_grad:
-            return _whole(logits, target, terms)
-        logits = logits.narrow(1, vocabulary.start, vocabulary.length)
-    elif width != vocabulary.length:
-        raise ValueError(
-            f"logits: the last size is {width}, but the head has {full} output features, of which this rank holds"
-            f" {vocabulary.length}; give the logits that `head` made, or the head that made them."
-        )
-    assert isinstance(head, ColumnParallel)
-    return vocab_parallel_cross_entropy(logits, target, vocabulary, head.mesh, terms)
-
-
-def _whole(logits: Tensor, target: Tensor, terms: Terms) -> Tensor:
-    """The same losses ``[T]`` of all logits ``[T, V]``."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(
-        logits,
-        target.long(),
-        ignore_index=terms.ignore_index,
-        label_smoothing=terms.label_smoothing,
-        reduction="none",
-    )
-    if terms.z_loss:
-        squares = logits.logsumexp(1).square()
-        losses = losses + terms.z_loss * squares.masked_fill(target == terms.ignore_index, 0)
-    return losses
-
-
-def _vocabulary(head: nn.Module) -> Optional[Vocabulary]:
-    """Which of its outputs a sharded head has here; None where every rank has them all."""
-    if not isinstance(head, ColumnParallel) or head.mesh.tp_size == 1:
-        return None
-    layout = head.layout
-    size = layout.shape[layout.dim or 0]
-    if any(len(part) != 1 for part in layout.parts) or sum(layout.widths) != size:
-        raise ValueError(
-            f"head: a vocabulary of {size} that is cut into {layout.parts} is not one interval a rank; give the rule"
-            " that cuts it no `shape`."
-        )
-    return Vocabulary(*layout.parts[head.mesh.tp_rank][0], size)
-
-
-# -- AutoTPStrategy(loss_parallel=True) -------------------------------------------------------------------------------
 
 
 class _ParallelLoss:
     """What transformers' ``ForCausalLMLoss`` computes, of a head that is cut along the vocabulary.
 
-    ``logits [B, S, V_r]`` or ``[B, S, V]``, ``labels [B, S]`` not shifted yet -> a scalar. Source: transformers,
-    ``loss/loss_utils.py``.
+    ``logits [B, S, V_r]`` or ``[B, S, V]``, or of a head that leaves them out ``[B, S, 0]``, ``labels [B, S]`` not
+    shifted yet -> a scalar. Source: transformers, ``loss/loss_utils.py``.
     """
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
-        self.full = _linear(head).out_features
+        self.full = linear_of(head).out_features
 
     def __call__(
         self,
@@ -168,10 +54,23 @@ class _ParallelLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target = shift_labels.reshape(logits.shape[:-1]).to(logits.device)
         reduction = "mean" if num_items_in_batch is None else "sum"
-        loss = cross_entropy(logits, target, self.head, ignore_index=ignore_index, reduction=reduction)
+        if defers(self.head) and torch.is_grad_enabled():
+            hidden = self._head_input(logits)
+            loss = fused_loss(hidden, target, linear_of(self.head), Terms(ignore_index), reduction)
+        else:
+            loss = cross_entropy(logits, target, self.head, ignore_index=ignore_index, reduction=reduction)
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    def _head_input(self, logits: Tensor) -> Tensor:
+        hidden = take_head_input(logits)
+        if hidden is None:
+            raise ValueError(
+                "loss_parallel: 'fused' computes the loss of what the head is given, and this model changes its logits"
+                " before its loss (it scales, caps or casts them); use loss_parallel=True."
+            )
+        return hidden
 
 
 def parallel_hf_loss(model: Any) -> None:
@@ -183,7 +82,7 @@ def parallel_hf_loss(model: Any) -> None:
         ValueError: if the model's class computes its loss otherwise than through transformers' ``ForCausalLMLoss``.
     """
     head = model.get_output_embeddings()
-    _vocabulary(_linear(head))
+    vocabulary_of(linear_of(head))
     name = type(model).__name__
     if name.startswith(_BY_ID):
         raise ValueError(
@@ -208,33 +107,72 @@ def parallel_hf_loss(model: Any) -> None:
     model.loss_function = _ParallelLoss(head)
 
 
+def _refuse_fused(model: Any) -> None:
+    """Refuse a Hugging Face model whose loss, or whose head, is not all that happens to the head's input."""
+    name, instead = type(model).__name__, "use loss_parallel=True"
+    reason = other_computation(model.get_output_embeddings())
+    if reason:
+        raise ValueError(
+            f"loss_parallel: 'fused' computes what a linear does, but the head of {name} {reason}; {instead}."
+        )
+    if not isinstance(model.loss_function, _ParallelLoss):
+        raise ValueError(
+            f"loss_parallel: 'fused' leaves no logits to the loss_function that {name} was given; {instead}, or remove"
+            " that loss_function."
+        )
+    if not any(_names_loss_function(forward) for forward in _forwards(type(model))):
+        raise ValueError(
+            f"loss_parallel: 'fused' needs a model that computes its loss, and the forward of {name} takes no `labels`;"
+            f" {instead}, or call lightning_autotp.linear_cross_entropy in your training_step."
+        )
+
+
 def _calls_loss_function(cls: type) -> bool:
     """Whether a model's loss is what its ``loss_function`` gives, or there is none: its forward takes no labels."""
+    forwards = list(_forwards(cls))
+    if any(map(_names_loss_function, forwards)):
+        return True
+    last = forwards[-1]
+    return "super" not in last.__code__.co_names and "labels" not in inspect.signature(last).parameters
+
+
+def _forwards(cls: type) -> Iterator[FunctionType]:
+    """The forward of a class, and those of its parents that it calls."""
     for base in cls.__mro__:
         if "forward" in vars(base):
             forward = inspect.unwrap(vars(base)["forward"])
-            if "loss_function" in forward.__code__.co_names:
-                return True
+            yield forward
             if "super" not in forward.__code__.co_names:
-                return "labels" not in inspect.signature(forward).parameters
-    return False
+                return
 
 
-def set_loss_parallel(model: nn.Module, plan: ShardingPlan, on: bool) -> None:
+def _names_loss_function(forward: FunctionType) -> bool:
+    return "loss_function" in forward.__code__.co_names
+
+
+def check_loss_parallel(value: object) -> None:
+    """Raise a ValueError unless ``value`` is a :data:`LossParallel`."""
+    if not isinstance(value, bool) and value != _FUSED:
+        raise ValueError(f"loss_parallel: {value!r} is none of True, False and {_FUSED!r}.")
+
+
+def set_loss_parallel(model: nn.Module, plan: ShardingPlan, on: LossParallel) -> None:
     """Make the heads of a sharded model keep their part of the logits while gradients are recorded, or stop it.
 
     Heads are what Hugging Face models give as output embeddings; without such models, column linears with gathered
-    outputs that are tied to an embedding cut along the vocabulary, or else those that have a head's name.
+    outputs that are tied to an embedding cut along the vocabulary, or else those that have a head's name. With
+    ``"fused"`` heads of Hugging Face models make no logits then, and the model's loss is computed of their input.
 
     Raises:
-        ValueError: if there is no such head, or a Hugging Face model computes its loss in a way that needs all logits.
+        ValueError: if there is no such head, or a Hugging Face model computes its loss in a way that needs all logits,
+            or, fused, any.
     """
     if not any(not entry.layout.is_replicated for entry in plan.parameters.values()):
         return
     heads = dict(_gathering(model, plan))
     models = [(m, inside) for m in model.modules() if _is_hf(m) and (inside := _inside(_output_embeddings(m), heads))]
     for module in heads.values():
-        module.keeps_part = False
+        module.keeps_part = module.defers = False
     for hf_model, _ in models:
         if isinstance(hf_model.__dict__.get("_loss_function"), _ParallelLoss) and not on:
             del hf_model._loss_function
@@ -251,9 +189,16 @@ def set_loss_parallel(model: nn.Module, plan: ShardingPlan, on: bool) -> None:
         )
     for hf_model, _ in models:
         parallel_hf_loss(hf_model)
+        if on == _FUSED:
+            _refuse_fused(hf_model)
+    if on == _FUSED and not models:
+        raise ValueError(
+            "loss_parallel: 'fused' is for the loss of a Hugging Face model, and here is none whose head is cut; call"
+            " lightning_autotp.linear_cross_entropy in your training_step, with loss_parallel=True or without."
+        )
     for head in found:
-        _vocabulary(head)
-        head.keeps_part = True
+        vocabulary_of(head)
+        head.keeps_part, head.defers = True, on == _FUSED
 
 
 def _gathering(model: nn.Module, plan: ShardingPlan) -> Iterator[tuple[str, ColumnParallelLinear]]:

@@ -32,7 +32,7 @@ from lightning_autotp.blocks import compile_blocks, shared_blocks
 from lightning_autotp.checkpoint.hooks import CheckpointStrategy
 from lightning_autotp.config import TPConfig, TPTrainingConfig
 from lightning_autotp.gradients import TPGradients, shared_scaler
-from lightning_autotp.loss import set_loss_parallel
+from lightning_autotp.loss import LossParallel, check_loss_parallel, set_loss_parallel
 from lightning_autotp.mesh import GatherOverDP, Mesh, build_mesh, raised_together
 from lightning_autotp.parallel.saved import SavedActivations
 from lightning_autotp.plan import ShardingPlan
@@ -58,7 +58,9 @@ class AutoTPStrategy(CheckpointStrategy):
         sequence_parallel: between attention and MLP each rank holds its part of the tokens: less memory, the same
             communication.
         loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
-            the parts; see :func:`lightning_autotp.cross_entropy`.
+            the parts; see :func:`lightning_autotp.cross_entropy`. ``"fused"``: a Hugging Face model's head makes no
+            logits in training, and its loss is computed of what the head is given; see
+            :func:`lightning_autotp.linear_cross_entropy`. With one rank nothing changes.
         compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
         shard_saved_activations: of what checkpointed blocks keep for the backward pass, each rank keeps its part: less
             memory, for one all-gather a block. Needs activation checkpointing and no ``sequence_parallel``.
@@ -92,7 +94,7 @@ class AutoTPStrategy(CheckpointStrategy):
         preset_model: Optional[str] = None,
         tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
         sequence_parallel: bool = False,
-        loss_parallel: bool = False,
+        loss_parallel: LossParallel = False,
         compile: bool = False,  # noqa: A002 - torch's name for it
         shard_saved_activations: bool = False,
         save_distributed_checkpoint: bool = True,
@@ -107,6 +109,7 @@ class AutoTPStrategy(CheckpointStrategy):
         **kwargs: Any,
     ) -> None:
         others = _known(kwargs)
+        check_loss_parallel(loss_parallel)
         given = {
             "autotp_size": autotp_size,
             "dtype": dtype,

@@ -139,6 +139,14 @@ def test_a_nested_section_and_an_interval_are_read(tmp_path: Path, text: Path) -
     assert strategy._save_distributed_checkpoint is False
 
 
+@pytest.mark.parametrize("value", ["fused", True, False])
+def test_the_loss_is_switched_by_a_name_or_a_bool(value: str | bool, tmp_path: Path, text: Path) -> None:
+    config = write(tmp_path / "config.yaml", autotp(autotp_size=2, loss_parallel=value), text)
+    assert parsed(config)._loss_parallel == value
+    option = f"--trainer.strategy.init_args.loss_parallel={str(value).lower()}"
+    assert parsed(write(tmp_path / "config.yaml", autotp(autotp_size=2), text), option)._loss_parallel == value
+
+
 @pytest.mark.parametrize("option", ["--trainer.strategy.init_args.autotp_size", "--trainer.strategy.autotp_size"])
 def test_the_command_line_wins_over_the_config(option: str, tmp_path: Path, text: Path) -> None:
     config = write(tmp_path / "config.yaml", autotp(**FIELDS), text)

@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_autotp import AutoTPStrategy, TPConfig, cross_entropy
 from lightning_autotp.layout import Layout, even_widths
-from lightning_autotp.loss import _ParallelLoss, parallel_hf_loss
+from lightning_autotp.loss import LossParallel, _ParallelLoss, parallel_hf_loss
 from lightning_autotp.mesh import build_mesh
 from lightning_autotp.parallel import cross_entropy as room
 from lightning_autotp.parallel.linear import ColumnParallelLinear
@@ -336,16 +336,16 @@ CASES: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any], dict[str, 
 }
 
 
-def check_run(case: str, tp_size: int) -> None:
+def check_run(case: str, tp_size: int, loss_parallel: LossParallel = True) -> None:
     loss, factory, options, rules = CASES[case]
     options = options | {"vocab": VOCABULARY}
     batches = batches_for(VOCABULARY)
     model = LossModel(batches, factory, loss, **options)
-    strategy = AutoTPStrategy(autotp_size=tp_size, loss_parallel=True, **rules)
+    strategy = AutoTPStrategy(autotp_size=tp_size, loss_parallel=loss_parallel, **rules)
     trainer = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, "use_distributed_sampler": False}
     quiet_trainer(strategy=strategy, num_sanity_val_steps=1, **trainer).fit(model)
     widths = [length for _, length in even_widths(VOCABULARY, tp_size)]
-    assert model.widths == {widths[strategy.tp_rank]}
+    assert model.widths == {0 if loss_parallel == "fused" else widths[strategy.tp_rank]}
     assert_parity(model, partial(reference_run, factory, batches, **options))
 
 
@@ -447,8 +447,8 @@ class Bare(LanguageModel):
         return models.token_loader(vocab=100)
 
 
-def setup_error(factory: Callable[..., nn.Module], message: str, **rules: Any) -> None:
-    trainer = quiet_trainer(strategy=AutoTPStrategy(autotp_size=2, loss_parallel=True, **rules))
+def setup_error(factory: Callable[..., nn.Module], message: str, **options: Any) -> None:
+    trainer = quiet_trainer(strategy=AutoTPStrategy(**{"autotp_size": 2, "loss_parallel": True} | options))
     with pytest.raises(ValueError, match=message):
         trainer.fit(Bare(factory))
 

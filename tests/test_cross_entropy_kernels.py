@@ -18,6 +18,7 @@ from lightning_autotp.parallel import cross_entropy as room
 from lightning_autotp.parallel.cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
 from lightning_autotp.parallel.kernels import DTYPES
 from tests import test_cross_entropy as whole
+from tests import test_linear_cross_entropy as head
 from tests.rank_pool import rank_device
 
 kernels: Any = pytest.importorskip(
@@ -137,6 +138,26 @@ def test_rows_of_any_stride(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 def test_targets_of_any_integer_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target, vocabulary = drawn(use_kernels(monkeypatch), 9, 131, torch.float32)
     check(logits, target.to(dtype), vocabulary, TERMS["all"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.ranks(1)
+def test_gradients_of_logits_may_be_written_over_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target, vocabulary = drawn(use_kernels(monkeypatch), 9, 9000, dtype)
+    _, log_sum = room.token_losses(logits, target, vocabulary, TERMS["all"], None)
+    given = (target, log_sum, torch.ones_like(log_sum), vocabulary, TERMS["all"])
+    want = room.logits_gradient(logits, *given)
+    got = room.logits_gradient(logits, *given, out=logits)
+    assert got is logits and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", head.OPTIONS)
+@pytest.mark.ranks(2)
+def test_a_head_that_is_fused_with_its_loss(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch)
+    for chunk in (head.room._CHUNK, head.FEW):
+        monkeypatch.setattr(head.room, "_CHUNK", chunk)
+        head.check(torch.float32, 1e-5, **head.OPTIONS[case])
 
 
 @pytest.mark.ranks(1)

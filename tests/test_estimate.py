@@ -28,6 +28,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "n
 OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
     "lp": {"loss_parallel": True},
+    "fused": {"loss_parallel": "fused"},
     "sp_lp": {"loss_parallel": True, "sequence_parallel": True},
 }
 
@@ -99,6 +100,17 @@ def test_memory_of_a_batch_of_four(
     assert estimate(job, Machine("h200")).memory.peak / GIB == pytest.approx(measured, rel=0.1)
 
 
+def test_a_fused_loss_has_no_logits(tmp_path: Path) -> None:
+    model = llama(tmp_path, 1, 128256, **LAYER_8B, max_position_embeddings=4096)
+    peaks = {
+        options: estimate(Job(model, 2, batch=4, seq=4096, own_loop=True, **OPTIONS[options]), Machine()).memory.peak
+        for options in ("lp", "fused")
+    }
+    logits = 4 * 4096 * 128256 // 2 * 2
+    # instead of them and their gradient: a quarter of them, the gradient of the weight in fp32, that of the input
+    assert peaks["lp"] - peaks["fused"] > 0.5 * logits
+
+
 def test_a_fake_step_allocates_what_a_real_one_does(tmp_path: Path) -> None:
     path = llama(tmp_path, 2, 131, **TINY)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(path))
@@ -150,6 +162,7 @@ def test_weights_gradients_and_optimizer_are_those_of_the_plan(model_type: str, 
         ("", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
         # the logits are not gathered, three numbers a token are
         ("lp", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
+        ("fused", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
         # also the gradients of the norms; what enters the blocks is gathered backward, what leaves them forward
         ("sp_lp", {"all-gather": 4, "reduce-scatter": 4}, {"all-reduce": 3, "all-gather": 3}),
     ],
@@ -362,6 +375,11 @@ def broken() -> None:
     raise KeyError("key")
 
 
+def test_a_switch_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="loss_parallel: 'fuse' is none of True, False and 'fused'"):
+        Job("llama", loss_parallel="fuse")  # type: ignore[arg-type]
+
+
 def test_a_process_group_of_the_callers_is_left_alone() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -380,6 +398,8 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for text in ("TP 2 x DP 8 on 16 x A100", "DDP's buckets", "peak", "It fits into A100's 79 GiB", "tokens/s"):
         assert text in printed
+    assert main([path, "--tp", "2", "--seq", "16", "--fused-loss"]) == 0
+    assert "16 tokens a data parallel rank, loss_parallel fused (" in capsys.readouterr().out
     for text in ("tensor parallel (2 ranks)", "data parallel (8 ranks)", "60% of A100's peak", "NVLink", "network"):
         assert text in printed
 

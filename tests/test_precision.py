@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
 from lightning_autotp.apply import Sharded, apply_plan, sharded
 from lightning_autotp.gradients import TPGradients
-from lightning_autotp.loss import set_loss_parallel
+from lightning_autotp.loss import LossParallel, set_loss_parallel
 from lightning_autotp.mesh import build_mesh
 from lightning_autotp.planner import make_plan
 from lightning_autotp.sequence import parallel_sequence
@@ -20,6 +21,8 @@ from tests.closeness import relative_errors
 from tests.models import quiet_trainer
 from tests.rank_pool import rank_device
 from tests.sharded_runs import (
+    ACCUMULATE,
+    CLIP,
     RecordedModel,
     assert_replicas_equal,
     batches_for,
@@ -27,6 +30,7 @@ from tests.sharded_runs import (
     reference_run,
     sharded_run,
 )
+from tests.test_cross_entropy import LossModel
 from tests.test_parity_fit import CASES
 from tests.test_parity_presets import Steps, build, parts, train
 
@@ -51,7 +55,23 @@ def mean_error(tensors: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return sum(errors.values()) / len(errors)
 
 
-def check(case: str, tp_size: int, precision: str = "bf16-true", **strategy: Any) -> None:
+def own_loss_run(
+    strategy: AutoTPStrategy, factory: Callable[..., nn.Module], batches: list[Tensor], **options: Any
+) -> RecordedModel:
+    """The run of a Hugging Face model that computes its loss itself."""
+    trainer = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP} | options.pop("trainer")
+    model = LossModel(batches, factory, "hf", **options)
+    quiet_trainer(strategy=strategy, use_distributed_sampler=False, limit_val_batches=0, **trainer).fit(model)
+    return model
+
+
+def check(
+    case: str,
+    tp_size: int,
+    precision: str = "bf16-true",
+    run: Callable[..., RecordedModel] = sharded_run,
+    **strategy: Any,
+) -> None:
     """One optimizer step's gradients and the weights after it."""
     factory, options, rules = CASES[case]
     batches = batches_for(options.get("vocab", 128), steps=1)
@@ -59,7 +79,7 @@ def check(case: str, tp_size: int, precision: str = "bf16-true", **strategy: Any
     own_precision: dict[str, Any] = {"mixed": True} if precision == "bf16-mixed" else {"dtype": torch.bfloat16}
     unsharded = reference_run(factory, batches, **own_precision, **options)
     plugins = AutoTPStrategy(autotp_size=tp_size, **rules, **strategy)
-    model = sharded_run(plugins, factory, batches, trainer={"precision": precision}, **options)
+    model = run(plugins, factory, batches, trainer={"precision": precision}, **options)
     for measure, got, own, want in (
         (mean_error, model.record.gradients[0], unsharded.gradients[0], exact.gradients[0]),
         (whole_error, model.record.gradients[0], unsharded.gradients[0], exact.gradients[0]),
@@ -75,7 +95,9 @@ def check(case: str, tp_size: int, precision: str = "bf16-true", **strategy: Any
 PRESETS = ["llama", "qwen3", "mixtral", "deepseek_v2", "phi3", "gpt_oss"]
 
 
-def check_preset(case: str, tp_size: int, overlap: bool, switches: bool = False) -> None:
+def check_preset(
+    case: str, tp_size: int, overlap: bool, sequence_parallel: bool = False, loss_parallel: LossParallel = False
+) -> None:
     """A preset's model in bfloat16: one step's gradients and the weights after it, against the fp32 run."""
 
     def steps(model: nn.Module, dtype: torch.dtype, found: Sharded | None = None) -> Steps:
@@ -86,10 +108,10 @@ def check_preset(case: str, tp_size: int, overlap: bool, switches: bool = False)
     exact = steps(build(case)[0], torch.float32)
     unsharded = steps(build(case)[0], torch.bfloat16)
     plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size))
-    plan = parallel_sequence(model, plan) if switches else plan
+    plan = parallel_sequence(model, plan) if sequence_parallel else plan
     mesh = build_mesh(tp_size, TPTrainingConfig().tensor_parallel)
     apply_plan(model, plan, mesh, rank_device(), overlap=overlap)
-    set_loss_parallel(model, plan, switches)
+    set_loss_parallel(model, plan, loss_parallel)
     got = steps(model, torch.bfloat16, sharded(model))
     for measure, ours, own, want in (
         (mean_error, got.gradients[0], unsharded.gradients[0], exact.gradients[0]),
@@ -123,7 +145,19 @@ def test_bf16_preset_tp4(case: str) -> None:
 @pytest.mark.parametrize("case", PRESETS)
 @pytest.mark.ranks(4)
 def test_bf16_preset_tp4_with_sequence_and_loss_parallelism(case: str) -> None:
-    check_preset(case, 4, overlap=True, switches=True)
+    check_preset(case, 4, overlap=True, sequence_parallel=True, loss_parallel=True)
+
+
+@pytest.mark.parametrize("case", PRESETS)
+@pytest.mark.ranks(2)
+def test_bf16_preset_tp2_with_a_fused_loss(case: str) -> None:
+    check_preset(case, 2, overlap=True, loss_parallel="fused")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.ranks(2)
+def test_a_run_with_a_fused_loss(precision: str) -> None:
+    check("llama-tied", 2, precision, own_loss_run, tp_overlap_comm=True, loss_parallel="fused")
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

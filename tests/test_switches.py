@@ -36,7 +36,7 @@ def name_of(switches: dict[str, bool]) -> str:
 
 def check(
     tp_size: int,
-    switches: dict[str, bool],
+    switches: dict[str, Any],
     factory: Any = models.tiny_llama,
     reference: Any = models.tiny_llama,
     **trainer: Any,
@@ -46,7 +46,7 @@ def check(
     batches = batches_for(131)
     model = LossModel(batches, factory, "hf", **options)
     defaults = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "use_distributed_sampler": False}
-    strategy = AutoTPStrategy(autotp_size=tp_size, **switches)  # type: ignore[arg-type]
+    strategy = AutoTPStrategy(autotp_size=tp_size, **switches)
     models.quiet_trainer(strategy=strategy, **defaults, **trainer).fit(model)
     assert_parity(model, partial(reference_run, reference, batches, **options))
     compiled = [layer._compiled_call_impl is not None for layer in model.model.get_submodule("model.layers").children()]
@@ -94,6 +94,22 @@ def test_all_switches_with_experts(compiled: bool) -> None:
     """They are grouped, as transformers does by default but cannot in fp64."""
     switches = dict.fromkeys(SWITCHES, True) | {"compile": compiled}
     check(2, switches, partial(tiny_mixtral, experts="grouped_mm"), tiny_mixtral)
+
+
+FUSED: dict[str, Any] = {"loss_parallel": "fused"}
+
+
+@pytest.mark.parametrize("on", [("compile",), SWITCHES], ids="+".join)
+@pytest.mark.ranks(2, timeout=240)
+def test_a_fused_loss_beside_other_switches_and_checkpointed_blocks(on: tuple[str, ...]) -> None:
+    model = check(2, {name: name in on for name in SWITCHES} | FUSED, checkpointed_llama)
+    assert model.widths == {0}
+
+
+@pytest.mark.ranks(4, timeout=240)
+def test_a_fused_loss_beside_eager_switches_at_tp4() -> None:
+    model = check(4, dict.fromkeys(SWITCHES, True) | {"compile": False} | FUSED)
+    assert model.widths == {0}
 
 
 @pytest.mark.ranks(2, timeout=240)

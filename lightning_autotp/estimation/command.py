@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="bf16-true", help=f"{', '.join(PRECISIONS)} (bf16-true)")
     parser.add_argument("--sequence-parallel", action="store_true", help="with sequence_parallel")
     parser.add_argument("--loss-parallel", action="store_true", help="with loss_parallel")
+    parser.add_argument(
+        "--fused-loss", action="store_const", const="fused", dest="loss_parallel", help="with loss_parallel='fused'"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="with Hugging Face's gradient checkpointing")
     parser.add_argument("--own-loop", action="store_true", help="gradients are freed before the forward pass")
     add_config_options(parser)

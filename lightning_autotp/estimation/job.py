@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 
 from lightning_autotp.config import TPTrainingConfig
+from lightning_autotp.loss import LossParallel, check_loss_parallel
 
 PRECISIONS = {
     "bf16-true": (torch.bfloat16, None),
@@ -50,7 +51,7 @@ class Job:
     seq: Optional[int] = None
     precision: str = "bf16-true"
     sequence_parallel: bool = False
-    loss_parallel: bool = False
+    loss_parallel: LossParallel = False
     checkpointing: bool = False
     own_loop: bool = False
     config: TPTrainingConfig = field(default_factory=TPTrainingConfig)
@@ -60,6 +61,7 @@ class Job:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}: {size} is not a positive number; give 1 or more.")
+        check_loss_parallel(self.loss_parallel)
         if self.zero not in STAGES:
             raise ValueError(f"zero: there is no stage {self.zero}; give one of {', '.join(map(str, STAGES))}.")
         if self.precision not in PRECISIONS:

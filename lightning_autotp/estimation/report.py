@@ -39,7 +39,8 @@ def assumptions(found: Estimate) -> str:
 
 def _headline(found: Estimate) -> str:
     job = found.job
-    switches = [name for name in ("sequence_parallel", "loss_parallel", "checkpointing") if getattr(job, name)]
+    given = {name: getattr(job, name) for name in ("sequence_parallel", "loss_parallel", "checkpointing")}
+    switches = [name if value is True else f"{name} {value}" for name, value in given.items() if value]
     layout = f"TP {job.tp} x DP {job.dp}" + (f", ZeRO {job.zero}" if job.zero else "")
     read = f", {found.tokens // job.dp:,} tokens a data parallel rank" if found.tokens else ""
     return (

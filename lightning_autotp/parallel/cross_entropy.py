@@ -45,52 +45,80 @@ class Terms:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Forward: logits ``[T, V_r]``, targets ``[T]`` -> losses ``[T]``. Backward: this rank's own gradient.
-
-    With ``p`` the softmax over all V classes, ``t`` the target, ``e`` the smoothing and ``z`` the z-loss's factor::
-
-        loss = lse - (1 - e) x_t - e / V sum_c x_c + z lse^2
-        dloss / dx_c = p_c (1 + 2 z lse) - (1 - e) [c = t] - e / V
-    """
+    """Forward: logits ``[T, V_r]``, targets ``[T]`` -> losses ``[T]``. Backward: this rank's own gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, vocabulary: Vocabulary, terms: Terms, mesh: Mesh) -> Tensor:
-        smoothing = terms.label_smoothing
-        known = (target == terms.ignore_index) | ((target >= 0) & (target < vocabulary.size))
-        torch._assert_async(known.all(), f"a target is out of range for the {vocabulary.size} logits")
-        here, local = _place(target, vocabulary)
-        kernels = kernels_of("cross_entropy", logits)
-        statistics = kernels.statistics if kernels else _statistics
-        mine = statistics(logits, here, local, with_sum=smoothing > 0)
-        everyones = all_gather_rows(mine, mesh).view(mesh.tp_size, *mine.shape)
-        largest, sums, targets = everyones[:, 0], everyones[:, 1], everyones[:, 2]
-        top = largest.amax(0)
-        # of shifted logits x - top, whose exponentials do not overflow: (1 - e) + e = 1, so that the shift cancels
-        log_sum = (sums * (largest - top).exp()).sum(0).log()
-        losses = log_sum - (1 - smoothing) * (targets.sum(0) - top)
-        if smoothing:
-            losses -= smoothing * (everyones[:, 3].sum(0) / vocabulary.size - top)
-        log_sum += top
-        if terms.z_loss:
-            losses += terms.z_loss * log_sum.square()
+        losses, log_sum = token_losses(logits, target, vocabulary, terms, mesh)
         ctx.save_for_backward(logits, target, log_sum)
         ctx.vocabulary, ctx.terms = vocabulary, terms
-        return losses.masked_fill(target == terms.ignore_index, 0)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None]:
         logits, target, log_sum = ctx.saved_tensors
-        terms, vocabulary = ctx.terms, ctx.vocabulary
-        grad = grads[0].to(log_sum.dtype).masked_fill(target == terms.ignore_index, 0).unsqueeze(-1)
-        log_sum = log_sum.unsqueeze(-1)
-        of_softmax = grad * (1 + 2 * terms.z_loss * log_sum) if terms.z_loss else grad
-        here, local = _place(target, vocabulary)
-        of_target = (grad * (terms.label_smoothing - 1)).masked_fill(~here, 0)
-        of_all = grad * (terms.label_smoothing / vocabulary.size) if terms.label_smoothing else None
-        kernels = kernels_of("cross_entropy", logits)
-        gradient = kernels.gradient if kernels else _gradient
-        return gradient(logits, local, log_sum, of_softmax, of_target, of_all), None, None, None, None
+        return logits_gradient(logits, target, log_sum, grads[0], ctx.vocabulary, ctx.terms), None, None, None, None
+
+
+def token_losses(
+    logits: Tensor, target: Tensor, vocabulary: Vocabulary, terms: Terms, mesh: Optional[Mesh]
+) -> tuple[Tensor, Tensor]:
+    """The losses ``[T]`` of logits ``[T, V_r]``, and ``lse [T]``, which :func:`logits_gradient` reads. No autograd.
+
+    With ``t`` the target, ``e`` the smoothing and ``z`` the z-loss's factor::
+
+        loss = lse - (1 - e) x_t - e / V sum_c x_c + z lse^2
+
+    Without a mesh these are all logits, and nothing is gathered.
+    """
+    smoothing = terms.label_smoothing
+    known = (target == terms.ignore_index) | ((target >= 0) & (target < vocabulary.size))
+    torch._assert_async(known.all(), f"a target is out of range for the {vocabulary.size} logits")
+    here, local = _place(target, vocabulary)
+    kernels = kernels_of("cross_entropy", logits)
+    statistics = kernels.statistics if kernels else _statistics
+    mine = statistics(logits, here, local, with_sum=smoothing > 0)
+    everyones = mine[None] if mesh is None else all_gather_rows(mine, mesh).view(mesh.tp_size, *mine.shape)
+    largest, sums, targets = everyones[:, 0], everyones[:, 1], everyones[:, 2]
+    top = largest.amax(0)
+    # of shifted logits x - top, whose exponentials do not overflow: (1 - e) + e = 1, so that the shift cancels
+    log_sum = (sums * (largest - top).exp()).sum(0).log()
+    losses = log_sum - (1 - smoothing) * (targets.sum(0) - top)
+    if smoothing:
+        losses -= smoothing * (everyones[:, 3].sum(0) / vocabulary.size - top)
+    log_sum += top
+    if terms.z_loss:
+        losses += terms.z_loss * log_sum.square()
+    return losses.masked_fill(target == terms.ignore_index, 0), log_sum
+
+
+def logits_gradient(
+    logits: Tensor,
+    target: Tensor,
+    log_sum: Tensor,
+    grad: Tensor,
+    vocabulary: Vocabulary,
+    terms: Terms,
+    out: Optional[Tensor] = None,
+) -> Tensor:
+    """The gradient ``[T, V_r]`` of the logits, ``grad [T]`` being that of the losses. No autograd.
+
+    With ``p`` the softmax over all V classes, and else as in :func:`token_losses`::
+
+        dloss / dx_c = p_c (1 + 2 z lse) - (1 - e) [c = t] - e / V
+
+    It is written to ``out`` if that is given, contiguous; that may be the logits.
+    """
+    grad = grad.to(log_sum.dtype).masked_fill(target == terms.ignore_index, 0).unsqueeze(-1)
+    log_sum = log_sum.unsqueeze(-1)
+    of_softmax = grad * (1 + 2 * terms.z_loss * log_sum) if terms.z_loss else grad
+    here, local = _place(target, vocabulary)
+    of_target = (grad * (terms.label_smoothing - 1)).masked_fill(~here, 0)
+    of_all = grad * (terms.label_smoothing / vocabulary.size) if terms.label_smoothing else None
+    kernels = kernels_of("cross_entropy", logits)
+    gradient = kernels.gradient if kernels else _gradient
+    return gradient(logits, local, log_sum, of_softmax, of_target, of_all, out)
 
 
 def _statistics(logits: Tensor, here: Tensor, local: Tensor, *, with_sum: bool) -> Tensor:
@@ -111,10 +139,16 @@ def _statistics(logits: Tensor, here: Tensor, local: Tensor, *, with_sum: bool) 
 
 
 def _gradient(
-    logits: Tensor, local: Tensor, log_sum: Tensor, of_softmax: Tensor, of_target: Tensor, of_all: Optional[Tensor]
+    logits: Tensor,
+    local: Tensor,
+    log_sum: Tensor,
+    of_softmax: Tensor,
+    of_target: Tensor,
+    of_all: Optional[Tensor],
+    out: Optional[Tensor],
 ) -> Tensor:
     """``exp(x_c - log_sum) of_softmax - of_all + [c = local] of_target`` ``[T, V_r]``; the others are ``[T, 1]``."""
-    result = torch.empty_like(logits)
+    result = torch.empty_like(logits) if out is None else out
     for rows in _chunks(logits):
         part = torch.sub(logits[rows], log_sum[rows]).exp_().mul_(of_softmax[rows])
         if of_all is not None:

@@ -36,24 +36,31 @@ def statistics(logits: Tensor, here: Tensor, local: Tensor, *, with_sum: bool) -
 
 
 def gradient(
-    logits: Tensor, local: Tensor, log_sum: Tensor, of_softmax: Tensor, of_target: Tensor, of_all: Optional[Tensor]
+    logits: Tensor,
+    local: Tensor,
+    log_sum: Tensor,
+    of_softmax: Tensor,
+    of_target: Tensor,
+    of_all: Optional[Tensor],
+    out: Optional[Tensor] = None,
 ) -> Tensor:
     """``exp(x_c - log_sum) of_softmax - of_all + [c = local] of_target``, fp32, rounded once to the logits' dtype.
 
     Args:
-        logits: ``[T, V_r]``, fp32, bf16 or fp16; they stay as they are.
+        logits: ``[T, V_r]``, fp32, bf16 or fp16; they stay as they are, unless they are ``out``.
         local: ``[T, 1]``, int64.
         log_sum: ``[T, 1]``, fp32 and contiguous, as are the following.
         of_softmax: ``[T, 1]``.
         of_target: ``[T, 1]``.
         of_all: ``[T, 1]``, or None for 0.
+        out: where it goes, contiguous and of the logits' dtype; None for a new tensor.
 
     Returns:
         ``[T, V_r]``, contiguous.
     """
     logits = _with_rows(logits)
     count, width = logits.shape
-    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     rows = (local, log_sum, of_softmax, of_target, of_all)
     with torch.cuda.device_of(logits):
         _gradient_kernel[(count,)](logits, logits.stride(0), width, *rows, result, **_LAUNCH)
@@ -117,7 +124,7 @@ def _gradient_kernel(
     result: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row."""
+    """One row; a block is loaded before it is stored, and nothing else of it is read: the result may be the logits."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     result += row * width

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from lightning_autotp.layout import Layout
 from lightning_autotp.mesh import Mesh
 from lightning_autotp.parallel.collectives import all_reduced, copy_input, gather_output, reduce_output, split_input
+from lightning_autotp.parallel.linear_cross_entropy import leave_out_logits
 from lightning_autotp.parallel.once import once_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences, form_of
 from lightning_autotp.reading import delegates
@@ -283,7 +284,8 @@ def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
 class ColumnParallel(nn.Module):
     """A linear cut along its output features: ``[..., K]`` whole -> ``[..., N_r]``, or ``[..., N]`` gathered.
 
-    With ``keeps_part`` one that gathers does so only where no gradients are recorded: the loss needs no more.
+    With ``keeps_part`` one that gathers does so only where no gradients are recorded: the loss needs no more. With
+    ``defers`` it computes nothing where they are: the loss does, of the input that an empty output carries to it.
     Made by :meth:`convert`, never constructed.
     """
 
@@ -293,6 +295,7 @@ class ColumnParallel(nn.Module):
     gathers: bool
     reduces: bool
     keeps_part: bool = False
+    defers: bool = False
     group: ColumnGroup
     place: int
     weight: Any
@@ -316,6 +319,8 @@ class ColumnParallel(nn.Module):
         return self.weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        if self.defers and torch.is_grad_enabled():
+            return leave_out_logits(input)
         if torch.is_grad_enabled() and input.requires_grad:
             output = self.group(self.place, input)
         else:

@@ -29,7 +29,7 @@ from typing import IO, Any, Optional
 ROOT = Path(__file__).resolve().parents[2]
 
 PEERS = ("deepspeed", "deepspeed_noclip", "dtensor", "dtensor_sp", "hf")
-OURS = ("ours", "ours_lp", "ours_sp", "ours_sp_lp")
+OURS = ("ours", "ours_lp", "ours_sp", "ours_sp_lp", "ours_sp_fused")
 MODES = ("single", *PEERS, *OURS, "ours_trainer")
 
 WITHOUT_EXPERTS = ("deepspeed", "dtensor")

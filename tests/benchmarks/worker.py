@@ -300,10 +300,10 @@ def shard_ours(model: Any, settings: Settings, options: set[str]) -> Callable[[]
         plan = parallel_sequence(model, plan)
     mesh = build_mesh(WORLD, config.tensor_parallel)
     apply_plan(model, plan, mesh, settings.device, overlap=config.tp_overlap_comm)
-    if "lp" in options:
+    if options & {"lp", "fused"}:
         from lightning_autotp.loss import set_loss_parallel
 
-        set_loss_parallel(model, plan, True)
+        set_loss_parallel(model, plan, "fused" if "fused" in options else True)
     found = sharded(model)
     assert found is not None
     found.overlap.measure()
@@ -344,6 +344,7 @@ def fit(model: Any, settings: Settings, options: set[str], clock: Clock) -> None
 
     names = {"sp": "sequence_parallel", "lp": "loss_parallel"}
     switches: dict[str, Any] = {name: True for option, name in names.items() if option in options}
+    switches |= {"loss_parallel": "fused"} if "fused" in options else {}
     trainer = Trainer(
         accelerator="cpu" if settings.cpu else "cuda",
         devices=WORLD,
