@@ -35,6 +35,11 @@ def shared_blocks(model: nn.Module, plan: ShardingPlan) -> dict[str, nn.Module]:
     return blocks
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether some of it is, by ``compile=True`` or by the user."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
 def block_lists(model: nn.Module, plan: ShardingPlan) -> tuple[list[str], list[str]]:
     """The paths of the outermost lists that hold row cuts, and of the row cuts in none of them."""
     rows = [e.module for e in cut_of(list(plan.parameters.values())) if e.kind == "row"]

@@ -1,7 +1,7 @@
 """What happens to gradients between the backward pass and the optimizer."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -37,18 +37,28 @@ class TPGradients:
     the same key and value heads. It is multiplied by the number of ranks that share it as it arrives, and averaged over
     them before it is used. The average of a complete gradient is that gradient, so that it may be taken at any time and
     any number of times, gradient accumulation included.
+
+    Args:
+        model: a sharded model.
+        sharded: how it was sharded.
+        compiled: whether some of it is compiled. Then each rank picks its fastest kernels by timing them, which round
+            otherwise than another's: the gradients of whole parameters are averaged, too, so that these stay the same.
     """
 
-    def __init__(self, model: nn.Module, sharded: Sharded) -> None:
+    def __init__(self, model: nn.Module, sharded: Sharded, *, compiled: bool = False) -> None:
         self.mesh = sharded.mesh
         self.groups = sharded.subgroups.groups
         entries = sharded.plan.parameters
         self.layouts: dict[nn.Parameter, Layout] = {}
         self.partial: dict[nn.Parameter, list[Partial]] = {}
+        self.rounded: dict[nn.Parameter, list[Partial]] = {}
+        everyone = tuple(range(self.mesh.tp_size))
         for name, parameter in model.named_parameters():
             self.layouts[parameter] = layout = entries[name].layout
             if entries[name].grad_allreduce:
-                self.partial[parameter] = [Partial(parameter, tuple(range(self.mesh.tp_size)))]
+                self.partial[parameter] = [Partial(parameter, everyone)]
+            elif compiled and layout.is_replicated and self.mesh.tp_size > 1:
+                self.rounded[parameter] = [Partial(parameter, everyone)]
             shares = layout.shared(self.mesh.tp_rank)
             if shares:
                 self.partial[parameter] = [
@@ -56,7 +66,8 @@ class TPGradients:
                 ]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._complete = True
-        self._handles = [self._scale(parameter, runs) for parameter, runs in self.partial.items()]
+        self._handles = [self._on_gradient(p, self._scaled(p, runs)) for p, runs in self.partial.items()]
+        self._handles += [self._on_gradient(p, self._seen) for p in self.rounded]
 
     def remove(self) -> None:
         """Take the hooks off the parameters again."""
@@ -70,7 +81,7 @@ class TPGradients:
             return
         self._complete = True
         waiting: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
-        for parameter, runs in self.partial.items():
+        for parameter, runs in (self.partial | self.rounded).items():
             if parameter.grad is not None:
                 for run in runs:
                     waiting[(run.owners, parameter.grad.dtype)].append(run.of(parameter.grad))
@@ -128,7 +139,7 @@ class TPGradients:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    def _scale(self, parameter: nn.Parameter, runs: list[Partial]) -> "torch.utils.hooks.RemovableHandle":
+    def _scaled(self, parameter: nn.Parameter, runs: list[Partial]) -> Callable[[Tensor], Tensor]:
         factor: Any = self.mesh.tp_size
         if runs[0].dim is not None:
             width = [1] * parameter.ndim
@@ -141,9 +152,18 @@ class TPGradients:
             self._complete = False
             return grad * (factor if isinstance(factor, int) else factor.to(grad))
 
+        return scaled
+
+    def _seen(self, grad: Tensor) -> None:
+        self._complete = False
+
+    @staticmethod
+    def _on_gradient(
+        parameter: nn.Parameter, hook: Callable[[Tensor], Optional[Tensor]]
+    ) -> "torch.utils.hooks.RemovableHandle":
         # a frozen parameter takes no hook, but may be thawed later: the hook stays on it
         trains = parameter.requires_grad
-        handle = parameter.requires_grad_().register_hook(scaled)
+        handle = parameter.requires_grad_().register_hook(hook)
         parameter.requires_grad_(trains)
         return handle
 

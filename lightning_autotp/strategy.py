@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from lightning_autotp.agreement import FirstLook
 from lightning_autotp.apply import Sharded, apply_plan, sharded, warn_of_dropout
-from lightning_autotp.blocks import compile_blocks, shared_blocks
+from lightning_autotp.blocks import compile_blocks, is_compiled, shared_blocks
 from lightning_autotp.checkpoint.hooks import CheckpointStrategy
 from lightning_autotp.config import TPConfig, TPTrainingConfig
 from lightning_autotp.gradients import TPGradients, shared_scaler
@@ -271,7 +271,7 @@ class AutoTPStrategy(CheckpointStrategy):
     def _setup_fit(self, trainer: Trainer, module: LightningModule, found: Sharded) -> None:
         if self.tp_size > 1:
             refuse_callbacks(trainer)
-        self._gradients = TPGradients(module, found)
+        self._gradients = TPGradients(module, found, compiled=is_compiled(module))
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         found.overlap.measure(halves.get(str(self.precision_plugin.precision)))
         self._share_random_state()

@@ -80,13 +80,13 @@ def build(kind: Any, heads: int, kv_heads: int) -> Net:
     return Net(kind, heads, kv_heads).to(rank_device())
 
 
-def shard(model: Net, tp_size: int | None = None) -> TPGradients:
+def shard(model: Net, tp_size: int | None = None, compiled: bool = False) -> TPGradients:
     config = TPTrainingConfig(autotp_size=tp_size or dist.get_world_size(), partition_config=rules())
     plan = make_plan(model, config)
     apply_plan(model, plan, build_mesh(config.size, TPConfig()), rank_device(), overlap=False)
     found = sharded(model)
     assert found is not None
-    return TPGradients(model, found)
+    return TPGradients(model, found, compiled=compiled)
 
 
 def backward(model: nn.Module, batches: int = 1, after_each: Callable[[], None] = lambda: None) -> None:
@@ -321,3 +321,26 @@ def test_two_models_side_by_side_complete_their_own() -> None:
     assert torch.allclose(completed.total_norm(model.parameters()), full_norm(reference), rtol=1e-5)
     shares = {run.owners for runs in completed.partial.values() for run in runs}
     assert shares == ({(0, 1), (0, 1, 2)} if dist.get_rank() % 3 < 2 else {(0, 1, 2)})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.ranks(2)
+def test_whole_gradients_of_compiled_models_are_averaged(compiled: bool) -> None:
+    """Compiled kernels are picked by timing them, and round otherwise on another rank; so do these gradients."""
+    model = build(Grouped, 8, 4)
+    found = shard(model, compiled=compiled)
+    assert not model.norm.bias.requires_grad_(False).requires_grad
+    noise = 1e-3 * (dist.get_rank() + 1)
+    model.norm.weight.register_hook(lambda grad: grad + noise)
+    backward(model, batches=2)
+    before = gradients(model)
+    found.complete()
+    found.complete()  # once more changes nothing
+    after = gradients(model)
+    want = before["norm.weight"] + (2 * (1.5e-3 - noise) if compiled else 0)
+    torch.testing.assert_close(after["norm.weight"], want, rtol=1e-6, atol=1e-7)
+    first = after["norm.weight"].clone()
+    dist.broadcast(first, src=0)
+    assert torch.equal(after["norm.weight"], first) == (compiled or dist.get_rank() == 0)
+    cut = "attn.o_proj.weight"
+    assert torch.equal(after[cut], before[cut]) and "norm.bias" not in after

@@ -595,7 +595,7 @@ def test_a_compiled_model() -> None:
     model = fused_llama()
     tokens = token_batches(n=1, vocab=VOCABULARY)[0].to(rank_device())
     grads = []
-    for call in (model, torch.compile(model, backend="eager")):
+    for call in (model, torch.compile(model, backend="aot_eager")):
         model.zero_grad()
         call(input_ids=tokens, labels=tokens).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
