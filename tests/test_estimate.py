@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lp": {"loss_parallel": True},
     "fused": {"loss_parallel": "fused"},
     "sp_lp": {"loss_parallel": True, "sequence_parallel": True},
+    "sp_fused": {"loss_parallel": "fused", "sequence_parallel": True},
 }
 
 
@@ -84,19 +85,24 @@ def test_memory_is_what_was_measured_on_gpus(
 
 
 @pytest.mark.parametrize(
-    ("layers", "vocabulary", "sizes", "measured"),
-    [(8, 128256, {}, 25.6), (16, 32000, {"hidden_size": 2048}, 26.4), (4, 32000, {"num_local_experts": 8}, 31.2)],
-    ids=["8b", "hidden-2048", "mixtral"],
+    ("layers", "vocabulary", "sizes", "options", "measured"),
+    [
+        (8, 128256, {}, "sp_lp", 25.6),
+        (8, 128256, {}, "sp_fused", 23.3),
+        (16, 32000, {"hidden_size": 2048}, "sp_lp", 26.4),
+        (4, 32000, {"num_local_experts": 8}, "sp_lp", 29.1),
+    ],
+    ids=["8b", "8b-fused", "hidden-2048", "mixtral"],
 )
 def test_memory_of_a_batch_of_four(
-    layers: int, vocabulary: int, sizes: dict[str, int], measured: float, tmp_path: Path
+    layers: int, vocabulary: int, sizes: dict[str, int], options: str, measured: float, tmp_path: Path
 ) -> None:
     """The same, with sequence and loss parallelism."""
     sizes = LAYER_8B | sizes | {"max_position_embeddings": 4096, "num_hidden_layers": layers, "vocab_size": vocabulary}
     kind: Any = MixtralConfig if "num_local_experts" in sizes else LlamaConfig
     kind(**sizes, tie_word_embeddings=False, use_cache=False).save_pretrained(tmp_path)
     config = TPTrainingConfig(tp_overlap_comm=True)
-    job = Job(str(tmp_path), 2, batch=4, seq=4096, own_loop=True, config=config, **OPTIONS["sp_lp"])
+    job = Job(str(tmp_path), 2, batch=4, seq=4096, own_loop=True, config=config, **OPTIONS[options])
     assert estimate(job, Machine("h200")).memory.peak / GIB == pytest.approx(measured, rel=0.1)
 
 
