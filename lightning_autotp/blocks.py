@@ -75,6 +75,10 @@ def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
     Blocks that are alike share what is compiled, so that this takes as long as one of each kind. What is between them
     stays eager. Source: torch's guide to regional compilation.
 
+    Kernels are picked by timing them, on each rank for itself, and may round otherwise. That is rounding, but where a
+    router makes choices of it, which must be the same on all ranks: so not there. With sequence parallelism what a
+    router reads was computed on one rank.
+
     Raises:
         ValueError: if there are no blocks around what is cut.
     """
@@ -85,7 +89,9 @@ def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
             "compile: it needs lists of blocks (nn.ModuleList) around the layers that are cut, and here are none; leave"
             " it off, and call `.compile()` on the modules to compile in `configure_model`."
         )
+    routed = [f"{boundary.module}." for boundary in plan.boundaries] if plan.sequence is None else []
     for path in lists:
-        for block in model.get_submodule(path).children():
+        for name, block in model.get_submodule(path).named_children():
             if block._compiled_call_impl is None:
-                block.compile()
+                routes = any(module.startswith(f"{path}.{name}.") for module in routed)
+                block.compile(options={"deterministic": True} if routes else None)

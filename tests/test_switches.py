@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_autotp import AutoTPStrategy
+from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
+from lightning_autotp.blocks import compile_blocks
+from lightning_autotp.sequence import parallel_sequence
 from tests import models
 from tests.sharded_runs import assert_parity, batches_for, reference_run, sharded_run
 from tests.test_cross_entropy import LossModel, checkpointed_llama
@@ -88,12 +90,24 @@ def tiny_mixtral(kv_heads: int, tied: bool, vocab: int, experts: str = "eager") 
     return MixtralForCausalLM(MixtralConfig(**options))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("on", [SWITCHES[:3], ("compile",), SWITCHES], ids="+".join)
 @pytest.mark.ranks(2, timeout=240)
-def test_all_switches_with_experts(compiled: bool) -> None:
+def test_switches_with_experts(on: tuple[str, ...]) -> None:
     """They are grouped, as transformers does by default but cannot in fp64."""
-    switches = dict.fromkeys(SWITCHES, True) | {"compile": compiled}
+    switches = {name: name in on for name in SWITCHES}
     check(2, switches, partial(tiny_mixtral, experts="grouped_mm"), tiny_mixtral)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_kernels_before_a_router_round_alike_on_all_ranks(sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else ranks might choose other experts of one token, each a part of its own choice."""
+    seen: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: seen.append(options))
+    for model in (tiny_mixtral(8, False, 131), models.tiny_llama()):
+        plan = make_plan(model, TPTrainingConfig(autotp_size=2))
+        compile_blocks(model, parallel_sequence(model, plan) if sequence else plan)
+    alike = {"options": {"deterministic": True}}
+    assert seen == [{"options": None} if sequence else alike] * 2 + [{"options": None}] * 2
 
 
 FUSED: dict[str, Any] = {"loss_parallel": "fused"}
