@@ -93,12 +93,13 @@ class FirstLook:
     def gradients(self, gradients: TPGradients, optimizer: object) -> None:
         """Compare the last loss and the gradients of whole parameters, once for each ``optimizer``.
 
-        To be called before partial gradients are completed: one that is alike on all ranks is none.
+        To be called before partial gradients are completed, because one that is alike on all ranks is none, and before
+        those of whole parameters are averaged, because then none differ.
         """
         if not self._first(("gradients", id(optimizer))):
             return
         self._refuse_complete(gradients)
-        gradients.complete()
+        gradients.complete(average=False)
         values = dict(self._loss)
         for name, grad in gradients.whole().items():
             values |= digests(grad, f"the gradient of {name}")

@@ -36,8 +36,13 @@ def shared_blocks(model: nn.Module, plan: ShardingPlan) -> dict[str, nn.Module]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether some of it is, by ``compile=True`` or by the user."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    """Whether some of it is, by ``compile=True`` or by the user: a module, its forward, or a LightningModule."""
+    if getattr(model, "_compiler_ctx", None) is not None:
+        return True
+    return any(
+        "_orig_mod" in m._modules or m._compiled_call_impl is not None or hasattr(m.forward, "get_compiler_config")
+        for m in model.modules()
+    )
 
 
 def block_lists(model: nn.Module, plan: ShardingPlan) -> tuple[list[str], list[str]]:

@@ -51,21 +51,21 @@ class TPGradients:
         entries = sharded.plan.parameters
         self.layouts: dict[nn.Parameter, Layout] = {}
         self.partial: dict[nn.Parameter, list[Partial]] = {}
-        self.rounded: dict[nn.Parameter, list[Partial]] = {}
+        self.rounded: list[nn.Parameter] = []
         everyone = tuple(range(self.mesh.tp_size))
         for name, parameter in model.named_parameters():
             self.layouts[parameter] = layout = entries[name].layout
             if entries[name].grad_allreduce:
                 self.partial[parameter] = [Partial(parameter, everyone)]
-            elif compiled and layout.is_replicated and self.mesh.tp_size > 1:
-                self.rounded[parameter] = [Partial(parameter, everyone)]
+            elif compiled and layout.is_replicated and parameter.is_floating_point() and self.mesh.tp_size > 1:
+                self.rounded.append(parameter)
             shares = layout.shared(self.mesh.tp_rank)
             if shares:
                 self.partial[parameter] = [
                     Partial(parameter, share.owners, layout.dim, share.start, share.length) for share in shares
                 ]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._complete = True
+        self._complete = self._averaged = True
         self._handles = [self._on_gradient(p, self._scaled(p, runs)) for p, runs in self.partial.items()]
         self._handles += [self._on_gradient(p, self._seen) for p in self.rounded]
 
@@ -75,20 +75,30 @@ class TPGradients:
             handle.remove()
 
     @torch.no_grad()
-    def complete(self) -> None:
-        """Make partial gradients whole, with one all-reduce for all of a dtype and of a set of ranks."""
-        if self._complete:
-            return
-        self._complete = True
+    def complete(self, *, average: bool = True) -> None:
+        """Make partial gradients whole, with one all-reduce for all of a dtype and of a set of ranks.
+
+        Those of whole parameters of a compiled model are averaged, unless without ``average``: so that ranks that
+        differ by more than rounding can be told before.
+        """
         waiting: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
-        for parameter, runs in (self.partial | self.rounded).items():
+        for parameter, runs in () if self._complete else self.partial.items():
             if parameter.grad is not None:
                 for run in runs:
                     waiting[(run.owners, parameter.grad.dtype)].append(run.of(parameter.grad))
+        self._complete = True
+        if average and not self._averaged:
+            self._averaged = True
+            for parameter in self.rounded:
+                # one that is not there on this rank may be on others: all reduce as many numbers
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                if parameter.requires_grad and grad.layout is torch.strided:
+                    waiting[(tuple(range(self.mesh.tp_size)), grad.dtype)].append(grad)
         # in one order on all ranks, though each takes part in some of these only
         for owners, dtype in sorted(waiting, key=str):
             grads = waiting[(owners, dtype)]
-            flat = torch.cat([g.reshape(-1) for g in grads])
+            # in fp32, of halves: the sum of what fp16 holds it may not hold
+            flat = torch.cat([g.reshape(-1) for g in grads]).to(torch.promote_types(dtype, torch.float32))
             dist.all_reduce(flat, group=self.groups[owners])
             flat /= len(owners)
             parts = flat.split([g.numel() for g in grads])
@@ -155,7 +165,7 @@ class TPGradients:
         return scaled
 
     def _seen(self, grad: Tensor) -> None:
-        self._complete = False
+        self._averaged = False
 
     @staticmethod
     def _on_gradient(

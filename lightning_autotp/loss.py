@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_autotp.head_loss import cross_entropy, defers, fused_loss, linear_of, other_computation, vocabulary_of
 from lightning_autotp.parallel.cross_entropy import Terms
 from lightning_autotp.parallel.linear import ColumnParallelLinear
-from lightning_autotp.parallel.linear_cross_entropy import take_head_input
+from lightning_autotp.parallel.linear_cross_entropy import is_taken, take_head_input
 from lightning_autotp.plan import ShardingPlan
 
 LossParallel = Union[bool, Literal["fused"]]
@@ -54,7 +54,7 @@ class _ParallelLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target = shift_labels.reshape(logits.shape[:-1]).to(logits.device)
         reduction = "mean" if num_items_in_batch is None else "sum"
-        if defers(self.head) and torch.is_grad_enabled():
+        if defers(self.head) and torch.is_grad_enabled() and logits.shape[-1] != self.full:
             hidden = self._head_input(logits)
             loss = fused_loss(hidden, target, linear_of(self.head), Terms(ignore_index), reduction)
         else:
@@ -64,6 +64,11 @@ class _ParallelLoss:
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _head_input(self, logits: Tensor) -> Tensor:
+        if is_taken(logits):
+            raise ValueError(
+                "loss_parallel: 'fused' keeps what the head is given for one loss, and of these logits a second one is"
+                " computed; use loss_parallel=True."
+            )
         hidden = take_head_input(logits)
         if hidden is None:
             raise ValueError(

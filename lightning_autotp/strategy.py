@@ -425,12 +425,12 @@ class AutoTPStrategy(CheckpointStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
         assert self._gradients is not None
-        self._gradients.complete()
+        self._complete_gradients(optimizer)
         self._gradients.clip_norm(self.precision_plugin.main_params(optimizer), clip_val)
 
     def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
         assert self._gradients is not None
-        self._gradients.complete()
+        self._complete_gradients(optimizer)
         torch.nn.utils.clip_grad_value_(self.precision_plugin.main_params(optimizer), clip_val)
 
     @override

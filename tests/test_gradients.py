@@ -334,6 +334,8 @@ def test_whole_gradients_of_compiled_models_are_averaged(compiled: bool) -> None
     model.norm.weight.register_hook(lambda grad: grad + noise)
     backward(model, batches=2)
     before = gradients(model)
+    found.complete(average=False)
+    assert torch.equal(gradients(model)["norm.weight"], before["norm.weight"])
     found.complete()
     found.complete()  # once more changes nothing
     after = gradients(model)
@@ -344,3 +346,23 @@ def test_whole_gradients_of_compiled_models_are_averaged(compiled: bool) -> None
     assert torch.equal(after["norm.weight"], first) == (compiled or dist.get_rank() == 0)
     cut = "attn.o_proj.weight"
     assert torch.equal(after[cut], before[cut]) and "norm.bias" not in after
+
+
+@pytest.mark.ranks(2)
+def test_whole_parameters_of_every_kind_in_a_compiled_model() -> None:
+    """Integers take no gradient; sparse gradients, and what fp16 cannot sum; one that is not there on one rank."""
+    model: Any = build(Grouped, 8, 4)
+    model.index = nn.Parameter(torch.arange(3, device=rank_device()), requires_grad=False)
+    model.table = nn.Embedding(5, 2, sparse=True, device=rank_device())
+    model.fp16 = nn.Parameter(torch.ones(2, dtype=torch.float16, device=rank_device()))
+    model.rare = nn.Parameter(torch.ones(2, device=rank_device()))
+    found = shard(model, compiled=True)
+    backward(model)
+    model.table(torch.tensor([1, 1], device=rank_device())).sum().backward()
+    (model.fp16 * 40000).sum().backward()
+    if dist.get_rank() == 1:
+        model.rare.sum().backward()
+    found.complete()
+    assert torch.equal(model.fp16.grad, torch.full_like(model.fp16, 40000))
+    assert torch.equal(model.table.weight.grad.to_dense()[1], torch.full_like(model.table.weight[1], 2))
+    assert (model.rare.grad is None) == (dist.get_rank() == 0)

@@ -627,6 +627,38 @@ def test_logits_changed_in_place_are_seen() -> None:
         model(input_ids=tokens, labels=tokens)
 
 
+@pytest.mark.ranks(2)
+def test_what_else_is_computed_of_logits_that_were_left_out_is_an_error() -> None:
+    """Not a zero, which a sum over no logits is."""
+    model = fused_llama()
+    tokens = token_batches(n=1, vocab=VOCABULARY)[0].to(rank_device())
+    output = model(input_ids=tokens, labels=tokens)
+    entropy = -(output.logits.softmax(-1) * output.logits.log_softmax(-1)).sum(-1).mean()
+    with pytest.raises(ValueError, match="'fused' leaves the logits out in training.*; use loss_parallel=True"):
+        (output.loss - 0.1 * entropy).backward()
+    output = model(input_ids=tokens, labels=tokens)
+    with pytest.raises(ValueError, match="of these logits a second one is computed; use loss_parallel=True"):
+        model.loss_function(logits=output.logits, labels=tokens, vocab_size=VOCABULARY)
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    assert_close({"": model.loss_function(logits, tokens)}, {"": output.loss}, 1e-5)
+
+
+@pytest.mark.ranks(2)
+def test_an_input_of_the_head_that_changed_is_seen() -> None:
+    model = fused_llama()
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+
+    def clear(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        args[0].zero_()
+
+    model.lm_head.register_forward_hook(clear)
+    tokens = token_batches(n=1, vocab=VOCABULARY)[0].to(rank_device())
+    with pytest.raises(ValueError, match="changes its logits"):
+        model(input_ids=tokens, labels=tokens)
+
+
 @pytest.mark.parametrize("factory", [adapted_head, saved_head])
 @pytest.mark.ranks(2)
 def test_adapters_on_the_head_are_refused(factory: Callable[..., nn.Module]) -> None:

@@ -31,6 +31,15 @@ class Heads(Net):
         return out
 
 
+class CompiledHeads(Heads):
+    """Something of it is compiled, so that gradients of whole parameters are averaged in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Identity()
+        self.unused.compile(backend="eager")
+
+
 class FrozenHeads(Heads):
     def __init__(self) -> None:
         super().__init__(trains=False)
@@ -56,6 +65,17 @@ def test_a_partial_gradient_that_no_rule_sums_is_an_error_that_names_the_paramet
         trainer(strategy(size), accumulate_grad_batches=accumulate).fit(model)
     assert "net.norm" not in str(raised.value)  # its gradient is whole
     assert torch.equal(model.net.head_norm, start["net.head_norm"])  # type: ignore[arg-type]  # nothing was stepped
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.ranks(2)
+def test_a_partial_gradient_is_found_before_those_of_a_compiled_model_are_averaged(clip: float | None) -> None:
+    with pytest.raises(DisagreementError, match=r"the gradient of net\.head_norm .*'grad_allreduce': true"):
+        trainer(strategy(2), gradient_clip_val=clip).fit(Regressor(CompiledHeads))
+    model = Regressor(CompiledHeads)
+    options: dict[str, Any] = {"gradient_clip_val": clip}
+    trainer(strategy(2, partition_config=SUMMED), **options).fit(model)
+    assert_close(weights(model), parts_of(model, unsharded(Regressor(Heads), **options)), 1e-4, "weight")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
-from lightning_autotp.blocks import compile_blocks
+from lightning_autotp.blocks import compile_blocks, is_compiled
 from lightning_autotp.sequence import parallel_sequence
 from tests import models
-from tests.sharded_runs import assert_parity, batches_for, reference_run, sharded_run
+from tests.sharded_runs import RecordedModel, assert_parity, batches_for, reference_run, sharded_run
 from tests.test_cross_entropy import LossModel, checkpointed_llama
 
 SWITCHES = ("sequence_parallel", "loss_parallel", "tp_overlap_comm", "compile")
@@ -132,6 +134,24 @@ def test_compile_needs_blocks() -> None:
     strategy = AutoTPStrategy(autotp_size=2, compile=True, partition_config=rules)
     with pytest.raises(ValueError, match=r"^compile: it needs lists of blocks"):
         sharded_run(strategy, Headed, batches_for(128)[:2])
+
+
+def test_every_way_of_compiling_is_seen() -> None:
+    def of(compile_it: Callable[[Any], Any]) -> Any:
+        model = Headed()
+        compiled = compile_it(model)
+        return model if compiled is None else compiled
+
+    def forward(model: Any) -> None:
+        model.forward = torch.compile(model.forward)
+
+    def child(model: Any) -> None:
+        model.head = torch.compile(model.head)
+
+    assert all(is_compiled(of(way)) for way in (torch.compile, nn.Module.compile, forward, child))
+    lit = RecordedModel([], Headed)
+    assert not is_compiled(lit) and not is_compiled(Headed())
+    assert is_compiled(from_compiled(torch.compile(lit)))  # type: ignore[arg-type]
 
 
 class Headed(nn.Module):

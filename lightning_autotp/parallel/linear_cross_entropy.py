@@ -26,7 +26,7 @@ Each run of tokens reads and writes the weight's whole gradient: runs of some th
 """
 
 _INPUT = "_autotp_head_input"
-"""The attribute of logits that were left out: the head's input, and the version of the logits then."""
+"""The attribute of logits that were left out: the head's input until it is taken, and the versions of both."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -171,7 +171,8 @@ def vocab_parallel_linear_cross_entropy(
         overlap: whether that runs beside the backward pass's other work.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which it leaves alone
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     group = mesh.tp_group if mesh is not None and reduces else None
     recording = torch.is_grad_enabled()
     total: Tensor = _LinearCrossEntropy.apply(
@@ -183,20 +184,47 @@ def vocab_parallel_linear_cross_entropy(
 # -- heads that leave their logits to the loss ------------------------------------------------------------------------
 
 
+class _LeftOut(torch.autograd.Function):
+    """Forward: logits that are not there. Backward: an error, where something was computed of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # DDP hands on all outputs of a model, and no gradients of those without
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        if grads[0] is not None:
+            raise ValueError(
+                "loss_parallel: 'fused' leaves the logits out in training, and a loss was computed of them besides the"
+                " model's own; use loss_parallel=True."
+            )
+
+
 @_eager
 def leave_out_logits(x: Tensor) -> Tensor:
     """Logits ``[..., 0]`` that carry what their head was given, ``x [..., H]``, to the loss."""
-    logits = x.new_empty(*x.shape[:-1], 0)
-    setattr(logits, _INPUT, (x, logits._version))
+    logits: Tensor = _LeftOut.apply(x.new_empty(*x.shape[:-1], 0).requires_grad_())
+    setattr(logits, _INPUT, (x, _versions(logits, x)))
     return logits
 
 
 @_eager
 def take_head_input(logits: Tensor) -> Optional[Tensor]:
-    """What the head was given, if ``logits`` are the object that it put out, unchanged; they keep it no more."""
-    x, version = getattr(logits, _INPUT, (None, 0))
-    if x is None or version != logits._version:
+    """What the head was given, if ``logits`` are the object that it put out, both unchanged; they keep it no more."""
+    x, versions = getattr(logits, _INPUT, (None, ()))
+    if x is None or versions != _versions(logits, x):
         return None
-    delattr(logits, _INPUT)
+    setattr(logits, _INPUT, (None, ()))
     taken: Tensor = x
     return taken
+
+
+@_eager
+def is_taken(logits: Tensor) -> bool:
+    """Whether a loss was computed of what the head of ``logits`` was given."""
+    return getattr(logits, _INPUT, ("", ()))[0] is None
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)

@@ -23,7 +23,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():  # gradients are recorded: create_graph=True
-            grads = tuple(grad.detach().requires_grad_() if isinstance(grad, Tensor) else grad for grad in grads)
+            grads = tuple(_with_graph(grad) for grad in grads)
         return checked(ctx, *grads)
 
     return wrapper
+
+
+def _with_graph(grad: Any) -> Any:
+    return grad.detach().requires_grad_() if isinstance(grad, Tensor) and grad.is_floating_point() else grad
