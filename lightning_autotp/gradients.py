@@ -93,12 +93,13 @@ class TPGradients:
                 # one that is not there on this rank may be on others: all reduce as many numbers
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 if parameter.requires_grad and grad.layout is torch.strided:
-                    waiting[(tuple(range(self.mesh.tp_size)), grad.dtype)].append(grad)
+                    # in fp32, of halves: what fp16 holds once it may not hold twice
+                    dtype = torch.promote_types(grad.dtype, torch.float32)
+                    waiting[(tuple(range(self.mesh.tp_size)), dtype)].append(grad)
         # in one order on all ranks, though each takes part in some of these only
         for owners, dtype in sorted(waiting, key=str):
             grads = waiting[(owners, dtype)]
-            # in fp32, of halves: the sum of what fp16 holds it may not hold
-            flat = torch.cat([g.reshape(-1) for g in grads]).to(torch.promote_types(dtype, torch.float32))
+            flat = torch.cat([g.reshape(-1) for g in grads]).to(dtype)
             dist.all_reduce(flat, group=self.groups[owners])
             flat /= len(owners)
             parts = flat.split([g.numel() for g in grads])
