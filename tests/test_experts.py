@@ -212,6 +212,11 @@ def test_somebodys_own_experts_stay_theirs(way: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(Boundary.convert(experts, build_mesh(1, TPConfig()))(*given), want)
 
 
+def test_a_forward_that_is_no_function_is_left_alone() -> None:
+    kind = type("Called", (nn.Module,), {"forward": Mock(return_value=torch.ones(1))})
+    assert GroupedExperts.of(kind()) is None
+
+
 @pytest.mark.parametrize("way", ["gate of its own", "hook", "replaced", "patched"])
 @pytest.mark.ranks(1, device="cpu")
 def test_somebodys_own_gates_stay_theirs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:

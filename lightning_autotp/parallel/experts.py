@@ -42,6 +42,8 @@ class GroupedExperts:
     def of(experts: nn.Module) -> "Optional[GroupedExperts]":
         """None if ``experts`` are not computed by transformers' own functions, or by a release that describes more."""
         kind: Any = type(experts)
+        if not inspect.isfunction(kind.forward):
+            return None
         # a subclass, or whoever patched the class, may compute something else; only the decorator's forward says what
         interface = inspect.getclosurevars(kind.forward).nonlocals.get("experts_interface")
         if interface is None:
