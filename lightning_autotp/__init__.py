@@ -1,12 +1,12 @@
 """Tensor parallel training in PyTorch Lightning: ``Trainer(strategy=AutoTPStrategy(autotp_size=4))``."""
 
-from lightning_autotp.config import TPConfig, TPTrainingConfig
-from lightning_autotp.head_loss import cross_entropy, linear_cross_entropy
-from lightning_autotp.plan import ShardingPlan
-from lightning_autotp.planner import make_plan
+from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
+from lightning_autotp.losses.functional import cross_entropy, linear_cross_entropy
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.presets import AutoTPPresets
-from lightning_autotp.specs import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
-from lightning_autotp.strategy import AutoTPStrategy, register
+from lightning_autotp.specs.layer_spec import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
+from lightning_autotp.strategies.trainer import AutoTPStrategy, register
 from lightning_autotp.verification import verify
 
 __all__ = [

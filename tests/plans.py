@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autotp import ShardingPlan, TPTrainingConfig, make_plan
-from lightning_autotp.plan import ParameterPlan
+from lightning_autotp.plans.plan import ParameterPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.apply import sharded
-from lightning_autotp.verification.errors import MODEL_SCALE
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.verification.error_metrics import MODEL_SCALE
 from tests.closeness import assert_close, relative_errors
 from tests.models import LanguageModel, TokenDataset, next_token_loss, quiet_trainer, token_batches
 from tests.rank_pool import rank_device

@@ -15,8 +15,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.apply import sharded
-from lightning_autotp.parallel.collectives import gather_parts
+from lightning_autotp.distributed.functions import gather_parts
+from lightning_autotp.sharding.state import sharded
 from tests.models import quiet_trainer
 
 WIDTH = 8

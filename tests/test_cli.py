@@ -15,8 +15,9 @@ import yaml
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_autotp
-from lightning_autotp import AutoTPStrategy, TPConfig, TPTrainingConfig, cli
-from lightning_autotp.cli import AutoTPCLI, PlanningTrainer, main
+from lightning_autotp import AutoTPStrategy, TPConfig, TPTrainingConfig
+from lightning_autotp.cli import main as cli
+from lightning_autotp.cli.main import AutoTPCLI, PlanningTrainer, main
 from tests.hygiene import leave_process_group
 
 CONFIGS = Path(__file__).parent.parent / "configs"

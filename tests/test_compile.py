@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_autotp.apply import sharded
 from lightning_autotp.parallel.linear import ColumnParallelLinear
+from lightning_autotp.sharding.state import sharded
 from tests.closeness import assert_close
 from tests.models import Block, Transformer, next_token_loss, token_batches, transformer
 from tests.rank_pool import rank_device

@@ -13,15 +13,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_autotp import (
-    AutoTPConfig,
-    AutoTPPresets,
-    PartitionType,
-    TPConfig,
-    TPLayerSpec,
-    TPTrainingConfig,
-)
-from lightning_autotp.config import parse_dtype
+from lightning_autotp import AutoTPConfig, AutoTPPresets, PartitionType, TPConfig, TPLayerSpec, TPTrainingConfig
+from lightning_autotp.config.dtypes import parse_dtype
 
 load = TPTrainingConfig.load
 CONFIGS = sorted(p for p in Path(__file__).parents[1].joinpath("configs").iterdir() if p.suffix in (".yaml", ".json"))

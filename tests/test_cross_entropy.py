@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_autotp import AutoTPStrategy, TPConfig, cross_entropy
-from lightning_autotp.layout import Layout, even_widths
-from lightning_autotp.loss import LossParallel, _ParallelLoss, parallel_hf_loss
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.parallel import cross_entropy as room
+from lightning_autotp.config.switches import LossParallel
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.layout.layout import Layout, even_widths
+from lightning_autotp.losses import vocab_parallel_cross_entropy as room
+from lightning_autotp.losses.loss_parallel import _ParallelLoss, parallel_hf_loss
+from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.parallel.linear import ColumnParallelLinear
-from lightning_autotp.verification.small import small_config, small_model
 from tests import models
 from tests.closeness import assert_close
 from tests.models import LanguageModel, quiet_trainer, tiny_llama, token_batches

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from lightning_autotp import TPConfig
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.parallel import cross_entropy as room
-from lightning_autotp.parallel.cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
-from lightning_autotp.parallel.kernels import DTYPES
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.kernels.dispatch import DTYPES
+from lightning_autotp.losses import vocab_parallel_cross_entropy as room
+from lightning_autotp.losses.vocab_parallel_cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
 from tests import test_cross_entropy as whole
 from tests import test_linear_cross_entropy as head
 from tests.rank_pool import rank_device
 
 kernels: Any = pytest.importorskip(
-    "lightning_autotp.parallel.cross_entropy_kernels", reason="the kernels need Triton, which is not installed"
+    "lightning_autotp.kernels.cross_entropy", reason="the kernels need Triton, which is not installed"
 )
 
 SHAPES = [(1, 1), (3, 131), (17, 4096), (5, 32064), (2, 50257)]

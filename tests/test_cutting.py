@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_autotp.layout import Layout, even_widths, share_heads
-from lightning_autotp.plan import Boundary
+from lightning_autotp.layout.heads import share_heads
+from lightning_autotp.layout.layout import Layout, even_widths
+from lightning_autotp.plans.plan import Boundary
 from tests.models import packed_transformer
 from tests.plans import (
     ATTENTION_RULES,

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from lightning_autotp import TPTrainingConfig, make_plan
-from lightning_autotp.cli import main as command_line
+from lightning_autotp.cli.estimate import main
+from lightning_autotp.cli.main import main as command_line
 from lightning_autotp.estimation import Job, Machine, estimate
-from lightning_autotp.estimation.command import main
 from lightning_autotp.estimation.cost import GIB, memory_of
 from lightning_autotp.estimation.step import Held, Step, run_step
 from lightning_autotp.estimation.tracker import Collective, StepTracker
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.model_sources.small import small_config, small_model
 
 LAYER_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}

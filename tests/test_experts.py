@@ -16,10 +16,10 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_autotp import TPConfig
-from lightning_autotp.mesh import build_mesh
+from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.parallel import experts as room
-from lightning_autotp.parallel.boundary import Boundary
 from lightning_autotp.parallel.experts import GroupedExperts, _Join, _Spread, _SwiGLU
+from lightning_autotp.parallel.reduced_module import Boundary
 from tests.closeness import assert_close
 
 KINDS: dict[str, Any] = {

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_autotp.kernels.dispatch import DTYPES, kernels_of
 from lightning_autotp.parallel import experts as room
-from lightning_autotp.parallel.kernels import DTYPES, kernels_of
 from tests import test_experts as whole
 from tests.closeness import assert_close
 from tests.rank_pool import rank_device
 
 kernels: Any = pytest.importorskip(
-    "lightning_autotp.parallel.experts_kernels", reason="the kernels need Triton, which is not installed"
+    "lightning_autotp.kernels.experts", reason="the kernels need Triton, which is not installed"
 )
 
 SHAPES = [(1, 1, 1), (5, 2, 131), (7, 8, 2048), (3, 22, 4100)]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.mesh import build_mesh
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 from tests.closeness import assert_close
 from tests.models import attend
 from tests.rank_pool import rank_device

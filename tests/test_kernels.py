@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_autotp import parallel
-from lightning_autotp.parallel.kernels import kernels_of, load_kernels
+from lightning_autotp.kernels.dispatch import kernels_of, load_kernels
 
 
 class Driver:

@@ -15,14 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.config import TPConfig
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.layout import Layout, even_widths
-from lightning_autotp.mesh import Mesh, build_mesh
-from lightning_autotp.parallel.linear import ColumnGroup, ColumnParallelLinear, RowParallelLinear
-from lightning_autotp.plan import ShardingPlan
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.config.training_config import TPConfig
+from lightning_autotp.distributed.mesh import Mesh, build_mesh
+from lightning_autotp.layout.layout import Layout, even_widths
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.parallel.column_group import ColumnGroup
+from lightning_autotp.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 from tests import models
 from tests.closeness import assert_close
 from tests.models import next_token_loss, token_batches

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.parallel.boundary import Boundary, OnFirstRank
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.parallel.column_group import ColumnGroup
 from lightning_autotp.parallel.embedding import VocabParallelEmbedding
-from lightning_autotp.parallel.heads import take_own_heads
+from lightning_autotp.parallel.head_arguments import take_own_heads
 from lightning_autotp.parallel.linear import (
-    ColumnGroup,
     ColumnParallelConv1D,
     ColumnParallelLinear,
     PartialOutputLinear,
     RowParallelConv1D,
     RowParallelLinear,
 )
-from lightning_autotp.plan import HeadInput
+from lightning_autotp.parallel.reduced_module import Boundary, OnFirstRank
+from lightning_autotp.plans.plan import HeadInput
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
 from tests.closeness import assert_close
 from tests.models import next_token_loss, tiny_llama, token_batches
 from tests.rank_pool import rank_device

@@ -12,17 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autotp.layout import (
-    Box,
-    Fused,
-    Interval,
-    Layout,
-    Share,
-    even_widths,
-    fused_parameter,
-    share_heads,
-    sub_parameters,
-)
+from lightning_autotp.layout.fused import Fused, fused_parameter, sub_parameters
+from lightning_autotp.layout.heads import share_heads
+from lightning_autotp.layout.layout import Box, Interval, Layout, Share, even_widths
 
 # No deadline: the machine is shared with other work, and a slow moment is no failure.
 properties = settings(deadline=None, max_examples=80)

@@ -16,23 +16,16 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_autotp import (
-    AutoTPStrategy,
-    TPConfig,
-    TPTrainingConfig,
-    cross_entropy,
-    linear_cross_entropy,
-    make_plan,
-)
-from lightning_autotp.apply import apply_plan
+from lightning_autotp import AutoTPStrategy, TPConfig, TPTrainingConfig, cross_entropy, linear_cross_entropy, make_plan
+from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.estimation.tracker import StepTracker
-from lightning_autotp.layout import Layout, even_widths
-from lightning_autotp.loss import _ParallelLoss, set_loss_parallel
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.parallel import cross_entropy as whole_room
-from lightning_autotp.parallel import linear_cross_entropy as room
+from lightning_autotp.layout.layout import Layout, even_widths
+from lightning_autotp.losses import vocab_parallel_cross_entropy as whole_room
+from lightning_autotp.losses import vocab_parallel_linear_cross_entropy as room
+from lightning_autotp.losses.loss_parallel import _ParallelLoss, set_loss_parallel
+from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.parallel.linear import ColumnParallelLinear
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.sharding.apply import apply_plan
 from tests import models
 from tests.closeness import assert_close
 from tests.models import quiet_trainer, tiny_llama, token_batches

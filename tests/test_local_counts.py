@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from lightning_autotp.plan import HeadInput, LocalAttribute
+from lightning_autotp.plans.plan import HeadInput, LocalAttribute
 from tests.plans import (
     ATTENTION_RULES,
     BLOOM,

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
-from lightning_autotp.planner import make_plan
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.planning.planner import make_plan
 from tests.models import LanguageModel
 from tests.rank_pool import run_ranks
 from tests.sharded_runs import Record, RecordedModel, assert_parity, batches_for, reference_run, sharded_run

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autotp import PartitionType, TPLayerSpec
-from lightning_autotp.presets.model_plan import model_plan
+from lightning_autotp.presets.hf_tp_plan import model_plan
 from tests.plans import module, set_attributes
 
 

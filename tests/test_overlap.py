@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.loss import set_loss_parallel
-from lightning_autotp.mesh import build_mesh
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.parallel import overlap
 from lightning_autotp.parallel.overlap import SIZES, Overlap
-from lightning_autotp.planner import make_plan
-from lightning_autotp.sequence import parallel_sequence
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 from tests import models
 from tests.models import TokenDataset, quiet_trainer, token_batches
 from tests.rank_pool import rank_device

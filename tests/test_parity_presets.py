@@ -17,16 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_autotp import AutoTPPresets, TPTrainingConfig
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.loss import set_loss_parallel
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.plan import ShardingPlan
-from lightning_autotp.planner import make_plan
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.losses.loss_parallel import set_loss_parallel
+from lightning_autotp.model_sources.small import group_experts, small_batches, small_config, small_model
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.presets import find_preset
-from lightning_autotp.sequence import parallel_sequence
-from lightning_autotp.verification.errors import MODEL_SCALE
-from lightning_autotp.verification.small import group_experts, small_batches, small_config, small_model
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
+from lightning_autotp.verification.error_metrics import MODEL_SCALE
 from tests.closeness import assert_close, relative_errors
 from tests.rank_pool import rank_device
 

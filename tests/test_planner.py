@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
-from lightning_autotp.plan import Boundary
+from lightning_autotp.plans.plan import Boundary
 from tests.models import transformer
 from tests.plans import (
     ATTENTION_RULES,

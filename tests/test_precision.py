@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
-from lightning_autotp.apply import Sharded, apply_plan, sharded
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.loss import LossParallel, set_loss_parallel
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.planner import make_plan
-from lightning_autotp.sequence import parallel_sequence
+from lightning_autotp.config.switches import LossParallel
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.losses.loss_parallel import set_loss_parallel
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import Sharded, sharded
+from lightning_autotp.training.gradients import TPGradients
 from tests.closeness import relative_errors
 from tests.models import quiet_trainer
 from tests.rank_pool import rank_device

@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from lightning_autotp import AutoTPPresets, PartitionType, TPLayerSpec, TPTrainingConfig, make_plan
+from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.presets import find_preset, preset_for
-from lightning_autotp.verification.small import small_config, small_model
 from tests.plans import BLOOM, LATENT, column, cut_names, hf, plan
 
 ATTENTION_CUT = {f"model.layers.*.self_attn.{name}_proj.weight" for name in "qkvo"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_autotp.reading import delegates, reads
+from lightning_autotp.introspection.forward_source import delegates, reads
 
 
 def decorated(method: Callable[..., Any]) -> Callable[..., Any]:

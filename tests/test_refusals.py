@@ -16,9 +16,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.agreement import DisagreementError
-from lightning_autotp.mesh import Subgroups
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.distributed.mesh import Subgroups
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.training.consistency import DisagreementError
 from tests.closeness import assert_close
 from tests.models import LanguageModel, quiet_trainer, tiny_llama, token_loader
 from tests.small_nets import WIDTH, Net, Regressor, Rows, parts_of, plugin_of, strategy, trainer, unsharded, weights

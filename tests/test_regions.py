@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autotp import TPTrainingConfig, make_plan
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.mesh import build_mesh
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.introspection.forward_source import changes_in_place
 from lightning_autotp.parallel import overlap
-from lightning_autotp.reading import changes_in_place
-from lightning_autotp.sequence import parallel_sequence
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 from tests.closeness import assert_close
 from tests.models import next_token_loss, token_batches
 from tests.rank_pool import rank_device

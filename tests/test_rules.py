@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_autotp.rules import clean_name
+from lightning_autotp.introspection.names import clean_name
 from tests.models import transformer
 from tests.plans import (
     ATTENTION_RULES,

@@ -20,16 +20,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
-from lightning_autotp.agreement import DisagreementError, FirstLook
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.blocks import shared_blocks
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.parallel import collectives
-from lightning_autotp.parallel.saved import SavedActivations
-from lightning_autotp.planner import make_plan
-from lightning_autotp.sequence import parallel_sequence
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.distributed import functions as collectives
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.parallel.saved_activations import SavedActivations
+from lightning_autotp.planning.blocks import shared_blocks
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.consistency import DisagreementError, FirstLook
+from lightning_autotp.training.gradients import TPGradients
 from tests import models, small_nets
 from tests.closeness import assert_close
 from tests.models import Transformer, next_token_loss, quiet_trainer, token_batches

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
-from lightning_autotp.apply import apply_plan, sharded
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.sequence import parallel_sequence
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 from lightning_autotp.verification import Pool, verify
-from lightning_autotp.verification.small import small_config, small_model
 from tests import models
 from tests.closeness import assert_close
 from tests.models import next_token_loss, token_batches

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
-from lightning_autotp.verification.small import small_config, small_model
+from lightning_autotp.model_sources.small import small_config, small_model
 from tests.plans import column, module, plan, row, rule, skip
 from tests.rank_pool import run_ranks
 from tests.sharded_runs import batches_for, sharded_run
@@ -162,7 +162,7 @@ def test_cut_parameters_in_a_list_need_a_boundary() -> None:
 
 
 def test_a_config_of_ones_own_follows_its_original() -> None:
-    from lightning_autotp.apply import LocalConfig
+    from lightning_autotp.sharding.local_config import LocalConfig
 
     config = small_config("phi3")
     local = LocalConfig(config)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_autotp.agreement import DisagreementError
+from lightning_autotp.training.consistency import DisagreementError
 from tests.closeness import assert_close
 from tests.small_nets import RULES, Net, Regressor, Rows, parts_of, strategy, trainer, unsharded, weights
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import SumMetric
 
-from lightning_autotp.agreement import DisagreementError, digests, require_agreement
+from lightning_autotp.training.consistency import DisagreementError, digests, require_agreement
 from tests.models import quiet_trainer
 from tests.small_nets import WIDTH, Regressor, Rows, everyones, plugin_of, strategy
 

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _world
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.gradients import shared_scaler
+from lightning_autotp.training.gradients import shared_scaler
 from tests import models
 from tests.closeness import assert_close
 from tests.small_nets import (

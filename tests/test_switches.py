@@ -14,8 +14,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
-from lightning_autotp.blocks import compile_blocks, is_compiled
-from lightning_autotp.sequence import parallel_sequence
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.training.compile import compile_blocks, is_compiled
 from tests import models
 from tests.sharded_runs import RecordedModel, assert_parity, batches_for, reference_run, sharded_run
 from tests.test_cross_entropy import LossModel, checkpointed_llama

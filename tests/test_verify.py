@@ -14,7 +14,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_autotp import cli
+from lightning_autotp.cli import main as cli
+from lightning_autotp.cli import verify as verify_command
 from lightning_autotp.verification import Pool, Report, sweep, verify
 
 HEAD = 4
@@ -229,12 +230,12 @@ def test_command_takes_rules_from_a_file(
 def test_a_sweep_writes_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = pytest.importorskip("lightning_autotp.verification.small")
+    small = pytest.importorskip("lightning_autotp.model_sources.small")
     monkeypatch.setitem(small.NOT_RUNNABLE, "nothing", "there is no such type")
     readme, table = tmp_path / "README.md", tmp_path / "table.md"
     readme.write_text("before\n<!-- sweep -->\nold\n<!-- /sweep -->\nbehind\n")
     names = ["llama", "qwen2", "nothing"]
-    status = sweep.main(
+    status = verify_command.main(
         ["--sweep", *names, "--tp", "2", "--steps", "1", "--table", str(table), "--write-readme", str(readme)]
     )
     assert status == 0
@@ -254,11 +255,11 @@ def test_a_sweep_fails_on_any_failure_and_on_many_refusals(
     verdict: Any, count: int, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "verify", lambda name, size, **_: Report(name, size, verdict))
-    assert sweep.main(["--sweep", *(f"type{number}" for number in range(count)), "--tp", "2"]) == status
+    assert verify_command.main(["--sweep", *(f"type{number}" for number in range(count)), "--tp", "2"]) == status
 
 
 def test_a_file_without_markers_is_refused_before_the_sweep(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="sweep"):
-        sweep.main(["--sweep", "llama", "--write-readme", str(readme)])
+        verify_command.main(["--sweep", "llama", "--write-readme", str(readme)])

@@ -4,7 +4,7 @@ One step of one rank runs with the package's own code, sharded by its own plan, 
 memory and between processes that are pretended (:mod:`~lightning_autotp.estimation.step`); a tracker sees what it
 allocates, computes and sends. Data parallelism, ZeRO and times are arithmetic on that
 (:mod:`~lightning_autotp.estimation.cost`). ``lightning-autotp estimate`` is
-:mod:`~lightning_autotp.estimation.command`.
+:mod:`~lightning_autotp.cli.estimate`.
 
 GPU memory as ``torch.cuda.max_memory_allocated`` has it, in GiB, on H200s (tests/benchmarks/README.md: Llama-3-8B's
 layers x 8, vocabulary 128256, 1 x 4096 tokens, bf16, TP=2) and as estimated, without a GPU:
@@ -24,7 +24,7 @@ the same, Mixtral, 4 layers, vocabulary 32000           31.2       31.0
 """
 
 from lightning_autotp.estimation.cost import Estimate, estimate
+from lightning_autotp.estimation.hardware import Machine
 from lightning_autotp.estimation.job import Job
-from lightning_autotp.estimation.machine import Machine
 
 __all__ = ["Estimate", "Job", "Machine", "estimate"]

@@ -16,16 +16,18 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+from lightning_autotp.estimation.hardware import Machine
 from lightning_autotp.estimation.job import Job
-from lightning_autotp.estimation.machine import Machine
 from lightning_autotp.estimation.step import Step, run_step
 from lightning_autotp.estimation.tracker import Work
 
 GIB = 2**30
+
 RESERVED = 3.0
 """GiB that a step cannot have: the CUDA context, NCCL's buffers, cuBLAS's workspace, gaps between tensors."""
 
 _ADAMW_STATES = 2
+
 _ADAMW_PASSES = 7
 """Fused AdamW reads weight, gradient and two states, and writes all but the gradient."""
 

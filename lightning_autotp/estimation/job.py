@@ -5,8 +5,8 @@ from typing import Optional
 
 import torch
 
-from lightning_autotp.config import TPTrainingConfig
-from lightning_autotp.loss import LossParallel, check_loss_parallel
+from lightning_autotp.config.switches import LossParallel, check_loss_parallel
+from lightning_autotp.config.training_config import TPTrainingConfig
 
 PRECISIONS = {
     "bf16-true": (torch.bfloat16, None),

@@ -28,17 +28,18 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend
 
-from lightning_autotp.apply import apply_plan, sharded
+from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.estimation.job import PRECISIONS, Job
-from lightning_autotp.estimation.models import build
 from lightning_autotp.estimation.tracker import Collective, StepTracker, Work
-from lightning_autotp.gradients import TPGradients
-from lightning_autotp.loss import set_loss_parallel
-from lightning_autotp.mesh import build_mesh
-from lightning_autotp.plan import ShardingPlan
-from lightning_autotp.planner import make_plan
-from lightning_autotp.sequence import parallel_sequence
-from lightning_autotp.verification.run import loss_of
+from lightning_autotp.losses.loss_parallel import set_loss_parallel
+from lightning_autotp.model_sources.factory import loss_of
+from lightning_autotp.model_sources.full_size import build
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def run_step(job: Job) -> Step:
 
 
 def _run_step(job: Job) -> Step:
-    model, batch = build(job)
+    dtype, _ = PRECISIONS[job.precision]
+    model, batch = build(job.model, dtype=dtype, batch=job.batch, seq=job.seq, checkpointing=job.checkpointing)
     plan = make_plan(model, job.config, job.tp)
     if job.sequence_parallel and job.tp > 1:
         plan = parallel_sequence(model, plan)

@@ -20,6 +20,7 @@ _ROUNDED_TO = 512
 """Bytes: what torch's CUDA allocator rounds every tensor up to."""
 
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
+
 _COLLECTIVES = {
     _c10d.allreduce_: ("all-reduce", 1),
     _c10d._allgather_base_: ("all-gather", 2),
@@ -42,6 +43,7 @@ _ATTENTION = {
 forward pass's operations they do (backward: five products instead of two)."""
 
 _UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+
 _LOOKUPS = {_aten.embedding, _aten.index, _aten.gather}
 """Ops that read no more of their first input than they write."""
 

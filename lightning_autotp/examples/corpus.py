@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 from typing import Union
 
 _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
+
 _SHORTEST_DOCSTRING = 80
 """In characters. Shorter ones are mostly a signature or a phrase that many functions share."""
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_autotp.examples.corpus import python_prose, read_text, write_whole
 
 NUM_BYTES = 256
+
 FINAL_LEARNING_RATE = 0.1
 """Where the cosine ends, as a fraction of the peak."""
 

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_autotp.layout import Layout
-from lightning_autotp.mesh import Mesh
-from lightning_autotp.parallel.collectives import gather_output, reduce_output
-from lightning_autotp.parallel.linear import become
+from lightning_autotp.distributed.functions import gather_output, reduce_output
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.layout.layout import Layout
+from lightning_autotp.parallel.convert import become
 
 
 class VocabParallelEmbedding(nn.Embedding):

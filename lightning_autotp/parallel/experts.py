@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_autotp.parallel.kernels import kernels_of
-from lightning_autotp.parallel.once import once_differentiable
+from lightning_autotp.distributed.once_differentiable import once_differentiable
+from lightning_autotp.kernels.dispatch import kernels_of
 
 _TRAITS = {"experts_class", "experts_interface"}
+
 _TRAITS |= {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
 """How ``use_experts_implementation`` describes experts; a release that has more to say computes them by itself."""
 
@@ -179,9 +180,6 @@ class _SwiGLU(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         kernels = kernels_of("experts", rows)
         return (kernels.swiglu_gradient if kernels else _swiglu_gradient)(grads[0], rows)
-
-
-# In torch, where no kernels serve: one of a token's k copies after the other, which needs little memory besides.
 
 
 def _spread(x: Tensor, place: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
-from lightning_autotp.mesh import Mesh
-from lightning_autotp.parallel.collectives import all_gather_rows
+from lightning_autotp.distributed.functions import all_gather_rows
+from lightning_autotp.distributed.mesh import Mesh
 
 SIZES = (8192, 16384, 32768)
 """Numbers of tokens, of all ranks together, at which forms are measured.

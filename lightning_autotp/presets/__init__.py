@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, Optional
 
+from lightning_autotp.layout.heads import Heads
 from lightning_autotp.presets import (
     bert,
     bloom,
@@ -30,9 +31,9 @@ from lightning_autotp.presets import (
     vit,
 )
 from lightning_autotp.presets.completions import COMPLETIONS
-from lightning_autotp.presets.heads import Heads
 from lightning_autotp.presets.preset import Preset
-from lightning_autotp.specs import AutoTPConfig, Shape, TPLayerSpec, nearest
+from lightning_autotp.specs.layer_spec import AutoTPConfig, TPLayerSpec, nearest
+from lightning_autotp.specs.shape import resolve_shape
 
 _FAMILIES = (
     llama,
@@ -60,6 +61,7 @@ _FAMILIES = (
     bert,
     vit,
 )
+
 _PRESETS = {preset.name: preset for preset in (*(module.PRESET for module in _FAMILIES), *COMPLETIONS)}
 
 
@@ -106,25 +108,6 @@ def find_preset(name: str) -> Preset:
 def preset_for(model_type: str) -> Optional[Preset]:
     """The preset that is detected for a ``config.model_type``, if any."""
     return next((preset for preset in _PRESETS.values() if model_type in preset.model_types), None)
-
-
-def resolve_shape(shape: Shape, heads: Optional[Heads]) -> Shape:
-    """``shape`` with ``"q"`` and ``"kv"`` as numbers.
-
-    Raises:
-        ValueError: if it has such names and the heads are not known.
-    """
-    if not any(isinstance(size, str) for entry in shape if isinstance(entry, tuple) for size in entry):
-        return shape
-    if heads is None:
-        raise ValueError(f"shape: {shape} needs head counts, and neither the module nor its config has them.")
-    known = heads
-    return tuple(
-        tuple(known.size(size) if isinstance(size, str) else size for size in entry)
-        if isinstance(entry, tuple)
-        else entry
-        for entry in shape
-    )
 
 
 def _with_sizes(spec: TPLayerSpec, heads: Optional[Heads]) -> TPLayerSpec:

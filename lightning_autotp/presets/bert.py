@@ -1,7 +1,7 @@
 """BERT and RoBERTa: encoders with separate projections; the head's decoder is tied to the word embeddings."""
 
 from lightning_autotp.presets.preset import Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "bert",

@@ -4,7 +4,7 @@ ALiBi's slopes are built for all heads of the model; each rank takes those of it
 """
 
 from lightning_autotp.presets.preset import HeadArgument, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "bloom",

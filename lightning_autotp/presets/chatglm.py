@@ -5,7 +5,7 @@ and value heads that its module or config tells of.
 """
 
 from lightning_autotp.presets.preset import ATTENTION, VOCABULARY, Inexact, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "chatglm",

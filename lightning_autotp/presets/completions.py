@@ -11,7 +11,7 @@ from lightning_autotp.presets.preset import (
     skip,
     summed,
 )
-from lightning_autotp.specs import AutoTPConfig, TPLayerSpec
+from lightning_autotp.specs.layer_spec import AutoTPConfig, TPLayerSpec
 
 
 def _completing(types: str, *rules: TPLayerSpec) -> Preset:

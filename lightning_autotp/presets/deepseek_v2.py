@@ -5,7 +5,7 @@ kv_a_proj_with_mqa and feeds every rank's heads, so its gradient is summed.
 """
 
 from lightning_autotp.presets.preset import EXPERTS, GATED_MLP, SHARED_EXPERTS, VOCABULARY, Preset, column, row, skip
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "deepseek_v2",

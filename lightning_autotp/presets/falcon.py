@@ -4,7 +4,7 @@ With one key head (multi-query attention), as with as many as query heads, that 
 """
 
 from lightning_autotp.presets.preset import HeadArgument, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "falcon",

@@ -1,7 +1,7 @@
 """Gemma: Llama's names with scaled embeddings; Gemma 3 norms the queries and keys of each head."""
 
 from lightning_autotp.presets.preset import ATTENTION, GATED_MLP, HEAD_NORMS, VOCABULARY, Preset
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "gemma",

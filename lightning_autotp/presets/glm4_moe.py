@@ -9,7 +9,7 @@ from lightning_autotp.presets.preset import (
     VOCABULARY,
     Preset,
 )
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "glm4_moe",

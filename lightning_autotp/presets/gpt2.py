@@ -1,7 +1,7 @@
 """GPT-2 and models that kept its names: Conv1D layers (or linears), fused q, k and v in c_attn, learned positions."""
 
 from lightning_autotp.presets.preset import Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "gpt2",

@@ -1,7 +1,7 @@
 """GPTBigCode (StarCoder): GPT-2's names; c_attn holds all query heads, then the one key and the one value head."""
 
 from lightning_autotp.presets.preset import Inexact, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "gpt_bigcode",

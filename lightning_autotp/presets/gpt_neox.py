@@ -1,7 +1,7 @@
 """GPT-NeoX (Pythia): query_key_value is interleaved by heads, embeddings are embed_in and embed_out."""
 
 from lightning_autotp.presets.preset import Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "gpt_neox",

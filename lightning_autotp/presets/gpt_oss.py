@@ -1,7 +1,7 @@
 """gpt-oss: attention sinks, one for each head; experts stored [E, in, out] with biases, gate and up interleaved."""
 
 from lightning_autotp.presets.preset import ATTENTION, VOCABULARY, Preset, boundary, column, row, skip
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "gpt_oss",

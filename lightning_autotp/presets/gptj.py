@@ -1,7 +1,7 @@
 """GPT-J and GPT-Neo: separate projections under GPT names."""
 
 from lightning_autotp.presets.preset import Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "gptj",

@@ -1,7 +1,7 @@
 """MPT: q, k and v one behind the other in Wqkv; ALiBi of all heads as position_bias."""
 
 from lightning_autotp.presets.preset import HeadArgument, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "mpt",

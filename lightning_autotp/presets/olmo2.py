@@ -4,7 +4,7 @@ The projections are cut and their outputs gathered; the output projection takes 
 """
 
 from lightning_autotp.presets.preset import GATED_MLP, VOCABULARY, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "olmo2",

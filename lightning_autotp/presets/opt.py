@@ -1,7 +1,7 @@
 """OPT and BART: separate projections with biases, fc1 and fc2 directly in the layer, cross-attention in decoders."""
 
 from lightning_autotp.presets.preset import Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "opt",

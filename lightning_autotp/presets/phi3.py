@@ -1,7 +1,7 @@
 """Phi-3: q, k and v in one projection of unequal parts, gate and up in another."""
 
 from lightning_autotp.presets.preset import VOCABULARY, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "phi3",

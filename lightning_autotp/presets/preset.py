@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from lightning_autotp.specs import AutoTPConfig, PartitionType, Shape, TPLayerSpec
+from lightning_autotp.specs.layer_spec import AutoTPConfig, PartitionType, TPLayerSpec
+from lightning_autotp.specs.shape import Shape
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """StarCoder2: Llama's attention with biases, an MLP with the names of GPT-2."""
 
 from lightning_autotp.presets.preset import ATTENTION, VOCABULARY, Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "starcoder2",

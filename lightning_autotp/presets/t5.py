@@ -1,7 +1,7 @@
 """T5: separate projections, plain or gated MLP; the relative position bias has one number for each head."""
 
 from lightning_autotp.presets.preset import Preset, column, row
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "t5",

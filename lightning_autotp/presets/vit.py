@@ -1,7 +1,7 @@
 """ViT: an encoder over image patches; the patch projection and the classifier stay whole."""
 
 from lightning_autotp.presets.preset import Preset, column, row, skip
-from lightning_autotp.specs import AutoTPConfig
+from lightning_autotp.specs.layer_spec import AutoTPConfig
 
 PRESET = Preset(
     "vit",

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from lightning_autotp.plan import folded
-from lightning_autotp.verification.errors import comparable
+from lightning_autotp.introspection.names import folded
+from lightning_autotp.verification.error_metrics import comparable
 
 Verdict = Literal["pass", "fail", "refused", "error"]
 

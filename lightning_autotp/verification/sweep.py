@@ -1,54 +1,13 @@
-"""``lightning-autotp verify``: one model in detail, or many in a table."""
+"""Many models verified one after the other, and the table of what was found."""
 
-import argparse
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from lightning_autotp.options import add_config_options, config_of
-from lightning_autotp.verification.errors import TOLERANCE
-from lightning_autotp.verification.pool import Pool
+from lightning_autotp.verification.rank_pool import Pool
 from lightning_autotp.verification.report import Report
 from lightning_autotp.verification.verify import verify
 
-REFUSALS = 5
-"""More refused model types than this are a failure of a sweep."""
-
-_MARKERS = "<!-- sweep -->", "<!-- /sweep -->"
 _NOTE = 160
-
-
-def main(args: Optional[Sequence[str]] = None) -> int:
-    """Run the subcommand; returns the exit status: 0 if every plan gives the unsharded numbers.
-
-    A sweep passes over what is known not to run unsharded, and bears a few refusals.
-    """
-    options = _parser().parse_args(args)
-    sys.path.insert(0, os.getcwd())  # for module:factory, as python -m would
-    sizes: list[int] = options.tp or ([2] if options.sweep is None else [2, 4])
-    settings = {
-        "config": config_of(options),
-        "steps": options.steps,
-        "tolerance": options.tolerance,
-        "kv_heads": options.kv_heads,
-        "sequence_parallel": options.sequence_parallel,
-        "timeout": options.timeout,
-    }
-    models = options.models + [name for name in options.model_types.split(",") if name]
-    with Pool() as pool:
-        if options.sweep is None:
-            if not models:
-                _parser().error("name a model, or give --sweep")
-            passed = True
-            for model in models:
-                for size in sizes:
-                    report = verify(model, size, pool=pool, **settings)
-                    print(report, flush=True)
-                    passed &= report.verdict == "pass"
-            return 0 if passed else 1
-        return _sweep(options.sweep + models, sizes, settings, pool, options)
 
 
 def sweep(types: Iterable[str], sizes: Sequence[int], pool: Pool, **settings: Any) -> dict[str, list[Report]]:
@@ -56,7 +15,7 @@ def sweep(types: Iterable[str], sizes: Sequence[int], pool: Pool, **settings: An
 
     A type that is known not to run unsharded has reports that say so.
     """
-    from lightning_autotp.verification.small import NOT_RUNNABLE
+    from lightning_autotp.model_sources.small import NOT_RUNNABLE
 
     found: dict[str, list[Report]] = {}
     for name in dict.fromkeys(types):
@@ -84,36 +43,12 @@ def table(found: dict[str, list[Report]]) -> str:
 
 def summary(found: dict[str, list[Report]]) -> str:
     """How many model types there are of each kind."""
-    kinds = [_kind(reports) for reports in found.values()]
+    kinds = [kind_of(reports) for reports in found.values()]
     counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
     return f"{len(kinds)} model types: {', '.join(counts)}."
 
 
-def _sweep(names: list[str], sizes: list[int], settings: dict[str, Any], pool: Pool, options: Any) -> int:
-    from lightning_autotp.verification.small import NOT_RUNNABLE, SWEEP, causal_types
-
-    readme = None if options.write_readme is None else Path(options.write_readme)
-    if readme is not None:
-        _between_markers(readme.read_text(), "")  # or a missing marker would be found out after the work
-    found = sweep(names or [*causal_types(), *SWEEP], sizes, pool, **settings)
-    written = table(found)
-    if options.table is not None:
-        Path(options.table).write_text(written)
-    if readme is not None:
-        readme.write_text(_between_markers(readme.read_text(), written))
-    print(f"\n{written}", end="")
-    kinds = [_kind(reports) for name, reports in found.items() if name not in NOT_RUNNABLE]
-    return 1 if {"fail", "error", "not run"} & set(kinds) or kinds.count("refused") > REFUSALS else 0
-
-
-def _between_markers(text: str, written: str) -> str:
-    start, end = _MARKERS
-    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise SystemExit(f"verify: the file must have one {start} and, behind it, one {end}.")
-    return f"{text[: text.index(start)]}{start}\n\n{written}\n{text[text.index(end) :]}"
-
-
-def _kind(reports: Sequence[Report]) -> str:
+def kind_of(reports: Sequence[Report]) -> str:
     """The worst verdict of a model type."""
     if any(report.unsharded for report in reports):
         return "not run"
@@ -148,23 +83,3 @@ def _note(reports: Sequence[Report]) -> str:
             notes.setdefault(note if len(note) <= _NOTE else f"{note[:_NOTE]}...", []).append(report.tp_size)
     everywhere = len(notes) == 1 and len(next(iter(notes.values()))) == len(reports)
     return "; ".join(note if everywhere else f"TP={'/'.join(map(str, at))}: {note}" for note, at in notes.items())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-autotp verify",
-        description="Train a small model sharded over CPU processes, and whole: do loss, gradients and weights agree?",
-    )
-    parser.add_argument("models", nargs="*", help="Hugging Face model types, paths of a config.json, or module:factory")
-    parser.add_argument("--model-types", default="", metavar="A,B,C", help="more model types")
-    parser.add_argument("--tp", type=int, action="append", metavar="N", help="tensor parallel size; may be repeated")
-    add_config_options(parser)
-    parser.add_argument("--sequence-parallel", action="store_true", help="run with sequence_parallel")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads of the small model (2)")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="bound on gradients and weights (1e-3)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a run may take (120)")
-    parser.add_argument("--sweep", nargs="*", metavar="TYPE", help="a table of these types; of all, without names")
-    parser.add_argument("--table", metavar="FILE", help="write the sweep's table, in markdown")
-    parser.add_argument("--write-readme", metavar="FILE", help=f"write it between {' and '.join(_MARKERS)} of a file")
-    return parser

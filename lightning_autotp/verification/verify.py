@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Optional, Union
 
-from lightning_autotp.config import TPTrainingConfig
-from lightning_autotp.verification.errors import (
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.verification.error_metrics import (
     LOSS_TOLERANCE,
     NOISE,
     ROUNDING,
@@ -17,9 +17,9 @@ from lightning_autotp.verification.errors import (
     comparable,
     largest_errors,
 )
-from lightning_autotp.verification.pool import Pool, RankError
+from lightning_autotp.verification.rank_pool import Pool, RankError
+from lightning_autotp.verification.rank_run import Case, Measured, measure, rounding_noise
 from lightning_autotp.verification.report import Report, Row, Verdict, worst_first
-from lightning_autotp.verification.run import Case, Measured, measure, rounding_noise
 
 
 def verify(

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_autotp import TPTrainingConfig, make_plan
-from lightning_autotp.apply import apply_plan
-from lightning_autotp.mesh import build_mesh
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.sharding.apply import apply_plan
 
 
 def main() -> None:

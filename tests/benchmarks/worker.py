@@ -286,22 +286,23 @@ def deepspeed_engine(model: Any, settings: Settings, clip: bool) -> Any:
 
 def shard_ours(model: Any, settings: Settings, options: set[str]) -> Callable[[], None]:
     """What AutoTPStrategy does in setup; returns what it does after the backward pass."""
-    from lightning_autotp.apply import apply_plan, sharded
-    from lightning_autotp.config import TPTrainingConfig
-    from lightning_autotp.gradients import TPGradients
-    from lightning_autotp.mesh import build_mesh
-    from lightning_autotp.planner import make_plan
+    from lightning_autotp.config.training_config import TPTrainingConfig
+    from lightning_autotp.distributed.mesh import build_mesh
+    from lightning_autotp.planning.planner import make_plan
+    from lightning_autotp.sharding.apply import apply_plan
+    from lightning_autotp.sharding.state import sharded
+    from lightning_autotp.training.gradients import TPGradients
 
     config = TPTrainingConfig(autotp_size=WORLD, tp_overlap_comm=True)
     plan = make_plan(model, config, WORLD)
     if "sp" in options:
-        from lightning_autotp.sequence import parallel_sequence
+        from lightning_autotp.planning.sequence_parallel import parallel_sequence
 
         plan = parallel_sequence(model, plan)
     mesh = build_mesh(WORLD, config.tensor_parallel)
     apply_plan(model, plan, mesh, settings.device, overlap=config.tp_overlap_comm)
     if options & {"lp", "fused"}:
-        from lightning_autotp.loss import set_loss_parallel
+        from lightning_autotp.losses.loss_parallel import set_loss_parallel
 
         set_loss_parallel(model, plan, "fused" if "fused" in options else True)
     found = sharded(model)

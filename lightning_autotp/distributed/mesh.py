@@ -1,0 +1,154 @@
+"""Process groups: tensor parallel ranks side by side (inside a node), data parallel ranks across."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Optional
+
+import torch.distributed as dist
+
+from lightning_autotp.config.training_config import TPConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in a data parallel x tensor parallel arrangement of all processes.
+
+    Args:
+        tp_group: the processes that share one model, each with its part of it.
+        dp_group: the processes that hold the same part, each with its own data.
+        tp_rank: this process's rank in ``tp_group``, of ``tp_size``.
+        tp_size: the tensor parallel size.
+        dp_rank: this process's rank in ``dp_group``, of ``dp_size``.
+        dp_size: the data parallel size.
+        timeout: how long a collective may wait in groups that are made later; None for torch's default.
+    """
+
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    timeout: Optional[timedelta] = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
+        # sharded modules refer to their mesh, and process groups cannot be copied
+        return self
+
+    @property
+    def tp_source(self) -> int:
+        """The global rank of the first process of ``tp_group``, which the others take broadcasts from."""
+        return dist.get_global_rank(self.tp_group, 0)
+
+
+@dataclass(frozen=True)
+class Subgroups:
+    """Process groups of some of the ranks of a tensor parallel group, by those ranks: this process's own."""
+
+    groups: Mapping[tuple[int, ...], dist.ProcessGroup]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Subgroups":
+        return self
+
+    @classmethod
+    def of(cls, sets: Iterable[tuple[int, ...]], mesh: Mesh) -> "Subgroups":
+        """A group for each of ``sets``, which are alike on all processes of the run; every process must call it."""
+        groups = {tuple(range(mesh.tp_size)): mesh.tp_group}
+        missing = sorted(set(sets) - groups.keys())
+        if missing:
+            mine = tuple(dist.get_process_group_ranks(mesh.tp_group))
+            everyones: list[Any] = [mine] * dist.get_world_size()
+            if mesh.dp_size > 1:
+                dist.all_gather_object(everyones, mine)
+            models = sorted(set(everyones))
+            for members in missing:
+                owners = [[ranks[m] for m in members] for ranks in models]
+                group, _ = dist.new_subgroups_by_enumeration(owners, timeout=mesh.timeout)
+                if mesh.tp_rank in members:
+                    groups[members] = group
+        return cls(groups)
+
+
+def build_mesh(tp_size: int, given: TPConfig, timeout: Optional[timedelta] = None) -> Mesh:
+    """The mesh of this process; every process must call it.
+
+    Args:
+        tp_size: the tensor parallel size that the config asks for.
+        given: groups of the user's, as an mpu or a tensor parallel group.
+        timeout: how long a collective of the groups made here may wait; None for torch's default.
+
+    Raises:
+        ValueError: if the sizes do not go together; on every rank alike.
+    """
+    world_size = dist.get_world_size()
+    if world_size % tp_size:
+        raise ValueError(
+            f"autotp_size: {tp_size} does not divide the {world_size} processes of this run; use a tensor parallel size"
+            f" that does, or start a multiple of {tp_size} processes (devices x nodes)."
+        )
+    if given.mpu is not None:
+        return _from_mpu(given.mpu, tp_size, timeout)
+    if given.tp_group is not None:
+        group = given.tp_group() if callable(given.tp_group) else given.tp_group
+        return _from_tp_group(group, tp_size, timeout)
+    neighbours = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
+    tp_group, _ = dist.new_subgroups_by_enumeration(neighbours, timeout=timeout, pg_options=_in_front(timeout))
+    return _with_replicas(tp_group, neighbours, timeout)
+
+
+def _in_front(timeout: Optional[timedelta]) -> Any:
+    """Options with which NCCL's kernels of a group go before others that wait for the GPU; None for other backends.
+
+    A step waits for what its tensor parallel ranks exchange, and beside it run matmuls that fill the GPU.
+    """
+    if not dist.is_nccl_available() or dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout
+    return options
+
+
+def _from_mpu(mpu: Any, tp_size: int, timeout: Optional[timedelta]) -> Mesh:
+    mesh = Mesh(
+        mpu.get_model_parallel_group(),
+        mpu.get_data_parallel_group(),
+        mpu.get_model_parallel_rank(),
+        mpu.get_model_parallel_world_size(),
+        mpu.get_data_parallel_rank(),
+        mpu.get_data_parallel_world_size(),
+        timeout,
+    )
+    if mesh.tp_size != tp_size:
+        raise ValueError(f"tensor_parallel.mpu: its model parallel size is {mesh.tp_size}, autotp_size is {tp_size}.")
+    if mesh.tp_size * mesh.dp_size != dist.get_world_size():
+        raise ValueError(
+            f"tensor_parallel.mpu: {mesh.tp_size} model x {mesh.dp_size} data parallel ranks are not the"
+            f" {dist.get_world_size()} processes of this run."
+        )
+    return mesh
+
+
+def _from_tp_group(tp_group: dist.ProcessGroup, tp_size: int, timeout: Optional[timedelta]) -> Mesh:
+    world_size = dist.get_world_size()
+    everyones: list[list[int]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(everyones, dist.get_process_group_ranks(tp_group))
+    groups = sorted({tuple(ranks) for ranks in everyones})
+    if sorted(r for ranks in groups for r in ranks) != list(range(world_size)):
+        raise ValueError(f"tensor_parallel.tp_group: the groups {groups} do not share out all {world_size} processes.")
+    if {len(ranks) for ranks in groups} != {tp_size}:
+        raise ValueError(
+            f"tensor_parallel.tp_group: groups of {sorted({len(ranks) for ranks in groups})} processes, but autotp_size"
+            f" is {tp_size}."
+        )
+    return _with_replicas(tp_group, [list(ranks) for ranks in groups], timeout)
+
+
+def _with_replicas(tp_group: dist.ProcessGroup, tp_ranks: list[list[int]], timeout: Optional[timedelta]) -> Mesh:
+    """Data parallel groups join the processes that have the same rank in their tensor parallel groups."""
+    tp_size, rank = len(tp_ranks[0]), dist.get_rank()
+    replicas = [[ranks[place] for ranks in tp_ranks] for place in range(tp_size)]
+    dp_group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
+    tp_rank = dist.get_group_rank(tp_group, rank)
+    return Mesh(tp_group, dp_group, tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks), timeout)

@@ -1,0 +1,1 @@
+"""What the names and the source of a model say of it."""

@@ -1,0 +1,1 @@
+"""Geometry: which part of a full tensor each tensor parallel rank holds."""

@@ -1,0 +1,1 @@
+"""Cross entropies of a vocabulary that ranks share."""

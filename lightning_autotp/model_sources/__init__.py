@@ -1,0 +1,1 @@
+"""Models to plan, verify and estimate with, without weights."""

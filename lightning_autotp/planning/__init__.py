@@ -1,0 +1,1 @@
+"""From rules and a model to a plan. Pure."""

@@ -1,0 +1,89 @@
+"""The blocks of a model: the lists of modules around its cuts, what is cut inside one, and compiling them."""
+
+import os
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_autotp.plans.plan import ParameterPlan, ShardingPlan
+
+
+def shared_blocks(model: nn.Module, plan: ShardingPlan) -> dict[str, nn.Module]:
+    """The blocks of ``model`` by path, one list or several: what they hand on is the same on all ranks.
+
+    Raises:
+        ValueError: under sequence parallelism, without a list of blocks, or where a cut goes from one to another.
+    """
+    switch = "shard_saved_activations"
+    if plan.sequence is not None:
+        raise ValueError(
+            f"{switch}: with sequence_parallel each rank keeps its own tokens of what blocks hand on already; leave"
+            f" {switch} off, or sequence_parallel."
+        )
+    lists, _ = block_lists(model, plan)
+    if not lists:
+        raise ValueError(
+            f"{switch}: it needs a list of blocks (nn.ModuleList) around row cuts, and {type(model).__name__} has none;"
+            " leave it off for this model."
+        )
+    blocks = {f"{path}.{name}": block for path in lists for name, block in model.get_submodule(path).named_children()}
+    for path in blocks:
+        inside = [e for e in plan.parameters.values() if f"{e.module}.".startswith(f"{path}.")]
+        if opens(inside) != closes(inside):
+            half = "opens" if opens(inside) else "closes"
+            raise ValueError(
+                f"{switch}: {path} {half} a cut whose other half is in another block, so what blocks hand on is not the"
+                " same on all ranks; leave it off for this model."
+            )
+    return blocks
+
+
+def block_lists(model: nn.Module, plan: ShardingPlan) -> tuple[list[str], list[str]]:
+    """The paths of the outermost lists that hold row cuts, and of the row cuts in none of them."""
+    rows = [e.module for e in cut_of(list(plan.parameters.values())) if e.kind == "row"]
+    outer = lists_around(model, rows)
+    return outer, [row for row in rows if not row.startswith(tuple(f"{path}." for path in outer))]
+
+
+def lists_around(model: nn.Module, modules: list[str]) -> list[str]:
+    """The paths of the outermost ``nn.ModuleList`` that hold some of ``modules``."""
+    lists = [path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.ModuleList)]
+    found = [path for path in lists if path and any(module.startswith(f"{path}.") for module in modules)]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found if other != path)]
+
+
+def opens(entries: list[ParameterPlan]) -> bool:
+    """Whether one of them is a column cut whose output stays in parts."""
+    return any(e.kind == "column" and e.features is not None and not e.gather_output for e in cut_of(entries))
+
+
+def closes(entries: list[ParameterPlan]) -> bool:
+    """Whether one of them is a row cut that reads parts."""
+    return any(e.kind == "row" and e.features is not None and not e.split_input for e in cut_of(entries))
+
+
+def cut_of(entries: list[ParameterPlan]) -> list[ParameterPlan]:
+    """Those of them that are cut."""
+    return [entry for entry in entries if not entry.layout.is_replicated]
+
+
+def called_around(module: nn.Module, plan: ShardingPlan) -> list[nn.Module]:
+    """The innermost module around everything that is cut which a step calls.
+
+    Lists are never called, and a step may use the parts of the root without calling it: then their children are.
+    """
+    paths = [e.module.split(".") for e in plan.parameters.values() if not e.layout.is_replicated]
+    if plan.sequence is not None:  # blocks put out a rank's own tokens
+        return []
+    around = module.get_submodule(".".join(os.path.commonprefix([path[:-1] for path in paths])))
+    if around is module:
+        return [module, *_called_children(module)]
+    return list(_called_children(around)) if isinstance(around, (nn.ModuleList, nn.ModuleDict)) else [around]
+
+
+def _called_children(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called_children(child)
+        else:
+            yield child

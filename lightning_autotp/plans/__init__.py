@@ -1,0 +1,1 @@
+"""What is decided about a model, and how people see it."""

@@ -1,0 +1,1 @@
+"""A plan, made true of a model."""

@@ -1,0 +1,494 @@
+"""The Lightning strategy: each hook is a few lines that call the rooms where the work is done."""
+
+import inspect
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal, Optional, Union
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_autotp.config.switches import LossParallel, check_loss_parallel
+from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
+from lightning_autotp.distributed.errors import raised_together
+from lightning_autotp.distributed.mesh import Mesh, build_mesh
+from lightning_autotp.losses.loss_parallel import set_loss_parallel
+from lightning_autotp.optimizers.support import refuse_optimizers
+from lightning_autotp.parallel.saved_activations import SavedActivations
+from lightning_autotp.planning.blocks import called_around, shared_blocks
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.plans.plan_table import print_plan
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import Sharded, sharded
+from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
+from lightning_autotp.strategies.validation import known_arguments, refuse_callbacks
+from lightning_autotp.training.compile import compile_blocks, is_compiled
+from lightning_autotp.training.consistency import FirstLook
+from lightning_autotp.training.data_parallel import GatherOverDP, explain_ddp_error, refuse_for_ddp
+from lightning_autotp.training.gradients import TPGradients, shared_scaler
+from lightning_autotp.training.random_state import warn_of_dropout
+
+
+class AutoTPStrategy(CheckpointStrategy):
+    """Tensor parallel training of any LightningModule, with data parallelism over the remaining processes.
+
+    Args:
+        config: a :class:`~lightning_autotp.TPTrainingConfig`, a dict of its fields, or the path of a YAML or JSON file
+            (a DeepSpeed config is read as it is). The arguments below win over it.
+        autotp_size: the number of ranks that share one model; 0 and 1 turn tensor parallelism off.
+        dtype: the parameters' dtype, as ``"bfloat16"``; needs a Trainer precision that agrees with it.
+        tp_overlap_comm: overlap the backward all-reduce with the computation of the weight gradients.
+        partition_config: custom rules.
+        preset_model: the name of a built-in preset.
+        tensor_parallel: where the groups come from, see :class:`~lightning_autotp.TPConfig`.
+        sequence_parallel: between attention and MLP each rank holds its part of the tokens: less memory, the same
+            communication.
+        loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
+            the parts; see :func:`lightning_autotp.cross_entropy`. ``"fused"``: a Hugging Face model's head makes no
+            logits in training, and its loss is computed of what the head is given; see
+            :func:`lightning_autotp.linear_cross_entropy`. With one rank nothing changes.
+        compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
+        shard_saved_activations: of what checkpointed blocks keep for the backward pass, each rank keeps its part: less
+            memory, for one all-gather a block. Needs activation checkpointing and no ``sequence_parallel``.
+        save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
+            a plain Trainer reads (False).
+        exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
+            its adapters); a resumed run takes them from the model as it was built.
+        check_agreement: compare the data, the loss and replicated gradients across tensor parallel ranks, once a run.
+        process_group_backend: the backend of all groups; by default gloo on CPU and nccl on CUDA.
+        timeout: how long a collective may wait for its peers.
+        start_method: how Lightning starts processes where nothing else does.
+        find_unused_parameters: for data parallelism over models whose parameters are not all used in each step.
+        static_graph: tell data parallelism that every step uses the same parameters in the same order.
+        gradient_as_bucket_view: keep gradients in the buffers of the data parallel reduction.
+        **kwargs: anything else that :class:`~lightning.pytorch.strategies.DDPStrategy` and torch's
+            ``DistributedDataParallel`` take.
+
+    Raises:
+        ValueError: on anything wrong in the configuration; the message names the field and the fix.
+    """
+
+    strategy_name = "autotp"
+
+    def __init__(
+        self,
+        config: Union[TPTrainingConfig, dict[str, Any], str, os.PathLike[str], None] = None,
+        autotp_size: Optional[int] = None,
+        dtype: Union[str, torch.dtype, None] = None,
+        tp_overlap_comm: Optional[bool] = None,
+        partition_config: Optional[dict[str, Any]] = None,
+        preset_model: Optional[str] = None,
+        tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
+        sequence_parallel: bool = False,
+        loss_parallel: LossParallel = False,
+        compile: bool = False,  # noqa: A002 - torch's name for it
+        shard_saved_activations: bool = False,
+        save_distributed_checkpoint: bool = True,
+        exclude_frozen_parameters: bool = False,
+        check_agreement: bool = True,
+        process_group_backend: Optional[str] = None,
+        timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        ours = inspect.signature(AutoTPStrategy.__init__).parameters
+        others = known_arguments([name for name in ours if name not in ("self", "kwargs")], kwargs)
+        check_loss_parallel(loss_parallel)
+        given = {
+            "autotp_size": autotp_size,
+            "dtype": dtype,
+            "tp_overlap_comm": tp_overlap_comm,
+            "partition_config": partition_config,
+            "preset_model": preset_model,
+            "tensor_parallel": tensor_parallel,
+        }
+        self.config = TPTrainingConfig.load(
+            config, **{name: value for name, value in given.items() if value is not None}
+        )
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            **others,
+        )
+        self._sequence_parallel = sequence_parallel
+        self._loss_parallel = loss_parallel
+        self._compile = compile
+        self._shard_saved_activations = shard_saved_activations
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._exclude_frozen_parameters = exclude_frozen_parameters
+        self._check_agreement = check_agreement
+        self._all_devices = False
+        self._mesh: Optional[Mesh] = None
+        self._gradients: Optional[TPGradients] = None
+        self._first_look: Optional[FirstLook] = None
+        self._saved: Optional[SavedActivations] = None
+
+    def __repr__(self) -> str:
+        # other Trainers (pytorch_lightning's) show this when they refuse the strategy
+        return (
+            f"{type(self).__name__}(autotp_size={self.config.size}), a strategy for `lightning.pytorch.Trainer`"
+            " (not for the Trainer of `pytorch_lightning`)"
+        )
+
+    # -- where this process stands ------------------------------------------------------------------------------------
+
+    @property
+    def tp_size(self) -> int:
+        """The tensor parallel size."""
+        return self.mesh.tp_size
+
+    @property
+    def tp_rank(self) -> int:
+        """This process's rank among those that share its model."""
+        return self.mesh.tp_rank
+
+    @property
+    def dp_size(self) -> int:
+        """The data parallel size."""
+        return self.mesh.dp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's rank among those that hold the same part of the model."""
+        return self.mesh.dp_rank
+
+    @property
+    @override
+    def is_distributed(self) -> bool:
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        self._check_processes()
+        super().setup_environment()
+        if self._mesh is None:
+            if self._all_devices:
+                self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
+            self._mesh = build_mesh(self.config.size, self.config.tensor_parallel, self._timeout)
+            self._ddp_kwargs["process_group"] = self._mesh.dp_group
+            self._reduce_hooks_over_dp()
+
+    def _check_processes(self) -> None:
+        expected = self.num_nodes * self.num_processes
+        if self.world_size != expected:
+            started = "SLURM started" if isinstance(self.cluster_environment, SLURMEnvironment) else "there are"
+            raise ValueError(
+                f"{started} {self.world_size} processes, but the Trainer is set to {self.num_nodes} nodes x"
+                f" {self.num_processes} devices = {expected}; make `num_nodes` and `devices` (and SLURM's --nodes and"
+                " --ntasks-per-node) agree."
+            )
+        if self.num_nodes > 1 and self.num_processes % self.config.size and self.config.tensor_parallel.mpu is None:
+            rank_zero_warn(
+                f"autotp_size: {self.config.size} does not divide the {self.num_processes} devices of a node, so some"
+                " ranks that share a model are on different nodes, with the network between them."
+            )
+
+    def _reduce_hooks_over_dp(self) -> None:
+        """A communication hook without a group of its own would average different parts of the model."""
+        if self._ddp_comm_hook is not None and self._ddp_comm_state is None:
+            self._ddp_comm_state = self.mesh.dp_group
+        elif getattr(self._ddp_comm_state, "process_group", self) is None:
+            setattr(self._ddp_comm_state, "process_group", self.mesh.dp_group)  # noqa: B010 - any hook's own class
+
+    @override
+    def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
+        # metrics are alike on the ranks that share a model: only data parallel replicas add to them
+        return super().reduce(tensor, self.mesh.dp_group if group is None else group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == dist.get_world_size()) if all else bool(votes)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning seeds workers by global rank; ranks that share a model must draw the same augmentations
+        seeds_workers = os.environ.get("PL_SEED_WORKERS", "0") == "1"
+        if seeds_workers and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
+        return super().process_dataloader(dataloader)
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: Optional[bool] = None) -> Generator[None, None, None]:
+        # the whole model must not go to the device: setup moves only this rank's part
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = module = self._module
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync:
+            self.model = self._layer_sync.apply(self.model)
+        self.precision_plugin.convert_module(module)
+        self._apply_dtype(module)
+        found = self._shard(module)
+        set_loss_parallel(module, found.plan, self._loss_parallel)
+        if self._compile:
+            compile_blocks(module, found.plan)
+        self.model_to_device()
+        self._statistics_over_dp(module)
+        self._first_look = FirstLook(self.mesh, self._check_agreement)
+        if fitting:
+            self._setup_fit(trainer, module, found)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _setup_fit(self, trainer: Trainer, module: LightningModule, found: Sharded) -> None:
+        if self.tp_size > 1:
+            refuse_callbacks(trainer)
+        self._gradients = TPGradients(module, found, compiled=is_compiled(module))
+        halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        found.overlap.measure(halves.get(str(self.precision_plugin.precision)))
+        self._share_random_state()
+        if self.tp_size > 1:
+            warn_of_dropout(module, found.plan)
+            self._shard_saved(module, found)
+        if self.dp_size > 1:
+            refuse_for_ddp(module, self._ddp_kwargs)
+            self.configure_ddp()
+        self._reset_optimizers_and_schedulers()
+        self.setup_optimizers(trainer)
+        self._optimizer_names()
+        refuse_optimizers(self.optimizers, self._gradients.layouts)
+        if not module.automatic_optimization:
+            for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
+                optimizer.register_step_pre_hook(self._complete_gradients)
+
+    def _shard_saved(self, module: LightningModule, found: Sharded) -> None:
+        if self._shard_saved_activations:
+            assert self._first_look is not None
+            self._saved = SavedActivations(shared_blocks(module, found.plan), self.mesh, self._first_look.shared)
+
+    def _shard(self, module: LightningModule) -> Sharded:
+        """Shard the module, unless an earlier run has done it."""
+        found = sharded(module)
+        if found is None:
+            plan = raised_together(lambda: self._plan(module))
+            apply_plan(module, plan, self.mesh, self.root_device, overlap=self.config.tp_overlap_comm)
+            found = sharded(module)
+            if self.tp_size > 1 and self.is_global_zero:
+                print_plan(plan)
+        assert found is not None
+        if (found.mesh.tp_size, found.mesh.tp_rank) != (self.tp_size, self.tp_rank):
+            raise ValueError(
+                f"this model was sharded for a tensor parallel size of {found.mesh.tp_size} by an earlier run, and"
+                f" autotp_size is now {self.tp_size}; build a new model and load its checkpoint."
+            )
+        return found
+
+    def _plan(self, module: LightningModule) -> ShardingPlan:
+        plan = make_plan(module, self.config, self.tp_size)
+        return parallel_sequence(module, plan) if self._sequence_parallel and self.tp_size > 1 else plan
+
+    def _apply_dtype(self, module: LightningModule) -> None:
+        if "dtype" not in self.config.model_fields_set:
+            return
+        precision = self.precision_plugin.precision
+        if precision == "32-true":
+            module.to(self.config.dtype)
+            return
+        in_force = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+        parameters = in_force.get(str(precision), torch.float32)
+        if self.config.dtype != parameters:
+            raise ValueError(
+                f"dtype: {self.config.dtype} contradicts Trainer(precision={precision!r}), under which parameters are"
+                f" {parameters}; leave `dtype` out, or set the precision that goes with it."
+            )
+
+    def _statistics_over_dp(self, module: nn.Module) -> None:
+        for metric in module.modules():
+            if isinstance(metric, Metric) and metric.process_group is None and metric.dist_sync_fn is None:
+                metric.dist_sync_fn = GatherOverDP(self.mesh)
+            elif isinstance(metric, nn.SyncBatchNorm) and metric.process_group is None:
+                metric.process_group = self.mesh.dp_group
+
+    def _share_random_state(self) -> None:
+        """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
+        cuda = self.root_device.type == "cuda"
+        states: list[Any] = [_collect_rng_states(include_cuda=False)]
+        states += [torch.cuda.get_rng_state(self.root_device)] if cuda else []
+        dist.broadcast_object_list(states, src=self.mesh.tp_source, group=self.mesh.tp_group)
+        _set_rng_states(states[0])
+        if cuda:
+            torch.cuda.set_rng_state(states[1], self.root_device)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self.lightning_module is not None:
+            explain_ddp_error(exception, self.lightning_module)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    @override
+    def batch_to_device(self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0) -> Any:
+        if self._first_look is not None:
+            self._first_look.batch(batch, loader=(self._module.trainer.state.stage, dataloader_idx))
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self._saved is None else self._saved.step():
+            output = super().training_step(*args, **kwargs)
+        assert self._first_look is not None
+        self._first_look.loss(output)
+        return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluated(super().validation_step, *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluated(super().test_step, *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluated(super().predict_step, *args, **kwargs)
+
+    def _evaluated(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self._first_look is not None
+        models = called_around(self._module, self.plan) if self.plan is not None else []
+        return self._first_look.step(models, step, *args, **kwargs)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Union[LightningModule, nn.Module, None] = None,
+        **kwargs: Any,
+    ) -> Any:
+        def with_complete_gradients() -> Any:
+            result = closure()
+            self._complete_gradients(optimizer)
+            return result
+
+        output = super().optimizer_step(optimizer, with_complete_gradients, model, **kwargs)
+        found = sharded(self._module)
+        assert found is not None and self._gradients is not None and self._first_look is not None
+        found.settle()
+        self._first_look.weights(self._gradients.whole_parameters, optimizer)
+        return output
+
+    def _complete_gradients(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._gradients is not None and self._first_look is not None:  # None after fit, when users step on
+            self._first_look.gradients(self._gradients, optimizer)
+            self._gradients.complete()
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Optional[Precision]) -> None:
+        # Lightning picks the plugin by the strategy's class and gives no other place for a norm over all ranks
+        DDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
+        if precision_plugin is not None:
+            precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+            precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
+        assert self._gradients is not None
+        self._complete_gradients(optimizer)
+        self._gradients.clip_norm(self.precision_plugin.main_params(optimizer), clip_val)
+
+    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
+        assert self._gradients is not None
+        self._complete_gradients(optimizer)
+        torch.nn.utils.clip_grad_value_(self.precision_plugin.main_params(optimizer), clip_val)
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        plugin = self.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and self.tp_size > 1:
+            plugin.scaler = shared_scaler(plugin.scaler, self.mesh)
+
+    @override
+    def teardown(self) -> None:
+        if self._gradients is not None:
+            self._gradients.remove()
+            self._gradients = None
+        if self._saved is not None:
+            self._saved.remove()
+            self._saved = None
+        # the model stays sharded and where it is, so that saving, validating and fitting again work after fit;
+        # the base class would move it to the CPU, from where its collectives cannot run
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.lightning_module
+        trainer = None if self.lightning_module is None else self.lightning_module._trainer
+        if self._layer_sync and self.model is not None and trainer and trainer.state.fn == TrainerFn.FITTING:
+            self.model = self._layer_sync.revert(self.model)
+        assert self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    @classmethod
+    def from_environment(cls) -> "AutoTPStrategy":
+        """The strategy behind ``Trainer(strategy="autotp")``.
+
+        The size comes from ``LIGHTNING_AUTOTP_SIZE``, or everything from the file that ``LIGHTNING_AUTOTP_CONFIG``
+        names; with neither, all devices of a node share one model.
+        """
+        size, config = os.environ.get("LIGHTNING_AUTOTP_SIZE"), os.environ.get("LIGHTNING_AUTOTP_CONFIG")
+        if size is not None and not size.isdigit():
+            raise ValueError(f"LIGHTNING_AUTOTP_SIZE: {size!r} is not a number of ranks.")
+        strategy = cls(config=config, autotp_size=None if size is None else int(size))
+        strategy._all_devices = size is None and config is None
+        return strategy
+
+
+def register() -> None:
+    """Make ``Trainer(strategy="autotp")`` known; importing twice is no error."""
+    if AutoTPStrategy.strategy_name not in StrategyRegistry:
+        StrategyRegistry.register(
+            AutoTPStrategy.strategy_name,
+            AutoTPStrategy.from_environment,
+            description="Tensor parallelism; its size from LIGHTNING_AUTOTP_SIZE or LIGHTNING_AUTOTP_CONFIG",
+        )

@@ -1,0 +1,129 @@
+"""What a Lightning strategy does about checkpoints, for a model that tensor parallel ranks share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from typing_extensions import override
+
+from lightning_autotp.checkpoint.distributed import load_directory, save_directory
+from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, local_checkpoint, optimizer_names
+from lightning_autotp.distributed.errors import raised_together
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.consistency import require_alike
+
+
+class CheckpointStrategy(DDPStrategy):
+    """Saves and loads the unsharded model's checkpoints, as a directory or as one file.
+
+    ``AutoTPStrategy`` is this and all the rest; it sets ``_save_distributed_checkpoint`` and
+    ``_exclude_frozen_parameters``.
+    """
+
+    _save_distributed_checkpoint: bool
+    _exclude_frozen_parameters: bool
+    _mesh: Optional[Mesh]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The process groups and this process's place in them; known once processes run."""
+        if self._mesh is None:
+            raise RuntimeError("the process groups are made when the Trainer starts; they cannot be asked for before.")
+        return self._mesh
+
+    @property
+    def plan(self) -> Optional[ShardingPlan]:
+        """What was cut, once setup has sharded the model."""
+        found = None if self.lightning_module is None else sharded(self.lightning_module)
+        return None if found is None else found.plan
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def _placement(self) -> Placement:
+        if self.plan is None:
+            return Placement({}, self.mesh)
+        # a state dict may know a parameter by another name than the module does: wrappers rename, users do
+        layouts = self.plan.layouts
+        of = {id(p): layouts[name] for name, p in self._module.named_parameters(remove_duplicate=False)}
+        stored = self._module.state_dict(keep_vars=True)
+        return Placement(layouts | {name: of[id(p)] for name, p in stored.items() if id(p) in of}, self.mesh)
+
+    def _optimizer_names(self) -> list[list[str]]:
+        return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        frozen = self._frozen()
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._exclude_frozen_parameters:
+            super().load_model_state_dict(checkpoint, strict=strict)
+            return
+        missing, unexpected = self._module.load_state_dict(checkpoint["state_dict"], strict=False)
+        lacking = [name for name in missing if name not in self._frozen()]
+        if strict and (lacking or unexpected):
+            raise RuntimeError(
+                f"the checkpoint lacks {', '.join(lacking[:5]) or 'nothing'}; tensors in it that the model does not"
+                f" know: {', '.join(unexpected[:5]) or 'none'}."
+            )
+
+    def _frozen(self) -> set[str]:
+        """The names, in a state dict, of the parameters that checkpoints leave out."""
+        if not self._exclude_frozen_parameters:
+            return set()
+        stored = self._module.state_dict(keep_vars=True)
+        return {name for name, p in stored.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Union[str, Path], storage_options: Optional[Any] = None
+    ) -> None:
+        path = Path(self.broadcast(filepath))
+        if "://" in str(filepath):
+            raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
+        names = self._optimizer_names() if "optimizer_states" in checkpoint else []
+        require_alike(checkpoint, self._placement.layouts.values(), self.mesh)
+        if self._save_distributed_checkpoint:
+            if storage_options is not None:
+                raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
+            save_directory(checkpoint, names, self._placement, path)
+            return
+        if self.broadcast(path.is_dir()):
+            raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
+        full = full_checkpoint(checkpoint, names, self._placement)
+        raised_together(lambda: self._write(full, path, storage_options))
+
+    def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
+        names = self._optimizer_names() if fitting else []  # those of an earlier fit are still there
+        if path.is_dir():
+            # as Lightning's other sharded strategies read theirs: its Trainer drops `weights_only` on the way here
+            return load_directory(path, names, self._placement, weights_only=bool(weights_only))
+        if not path.exists():
+            raise FileNotFoundError(f"there is no checkpoint at {path}.")
+        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=bool(weights_only))
+        return local_checkpoint(checkpoint, names, self._placement)

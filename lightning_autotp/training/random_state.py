@@ -1,0 +1,26 @@
+"""Randomness of ranks that share a model."""
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_autotp.plans.plan import ShardingPlan
+
+
+def warn_of_dropout(model: nn.Module, plan: ShardingPlan) -> None:
+    """Warn of active dropout between a column and a row cut: ranks would drop the same places of different heads."""
+    cut = [e for e in plan.parameters.values() if e.kind in ("row", "column") and not e.gather_output]
+    around = {e.module.rpartition(".")[0] for e in cut}
+    active = [path for path in sorted(around) if path and _drops(model.get_submodule(path))]
+    if active:
+        others = " and others" if len(active) > 1 else ""
+        rank_zero_warn(
+            f"dropout is active inside cut layers ({active[0]}{others}): the ranks draw one random stream, so what they"
+            " drop is correlated and differs from the unsharded model's. Set it to 0 for exact numbers."
+        )
+
+
+def _drops(module: nn.Module) -> bool:
+    names = ("attention_dropout", "attn_dropout", "dropout", "dropout_p")
+    rates = [getattr(module, name, 0) for name in names]
+    rates += [m.p for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

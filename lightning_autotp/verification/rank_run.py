@@ -1,0 +1,227 @@
+"""What runs in the ranks: a model is built, trained, and compared with the unsharded run."""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.layout.layout import Layout
+from lightning_autotp.model_sources.factory import from_factory, loss_of
+from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
+from lightning_autotp.verification.error_metrics import (
+    TOLERANCE,
+    Errors,
+    comparable,
+    largest_errors,
+    model_norm,
+    ratio,
+    tensor_error,
+    tensor_errors,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is verified, and how: the arguments of :func:`~lightning_autotp.verification.verify`."""
+
+    source: str
+    tp_size: int
+    config: TPTrainingConfig
+    steps: int
+    kv_heads: int
+    sequence_parallel: bool = False
+
+    @property
+    def unsharded(self) -> tuple[Any, ...]:
+        """What the unsharded run depends on."""
+        return self.source, self.steps, self.kv_heads
+
+
+@dataclass
+class _Run:
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    outputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    """What modules put out in the first step, in the order in which they ended."""
+
+    @property
+    def parts(self) -> list[dict[str, Tensor]]:
+        """The gradients of every step, then the weights."""
+        return [*self.gradients, self.weights]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank found: its errors, and a digest of every value that other ranks hold as well."""
+
+    loss: float
+    gradients: list[Errors]
+    weights: Errors
+    digests: dict[tuple[int, str, int], bytes]
+    decided: dict[str, tuple[str, str, str]]
+    layouts: dict[str, Layout]
+    share: float
+    forward: str
+    warnings: tuple[str, ...]
+
+
+class Refused(Exception):
+    """make_plan or apply_plan raised a ValueError."""
+
+
+def _build(case: Case) -> tuple[nn.Module, list[dict[str, Any]]]:
+    torch.manual_seed(0)
+    if ":" in case.source:
+        return from_factory(case.source)
+    from lightning_autotp.model_sources.small import small_batches, small_config, small_model
+
+    config = small_config(case.source, kv_heads=case.kv_heads)
+    return small_model(config), small_batches(config, case.steps)
+
+
+def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> _Run:
+    """The run itself, the same for a whole and for a sharded model."""
+    run, found = _Run(), sharded(model)
+    gradients = TPGradients(model, found) if found is not None else None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-5)
+    model.train()
+    hooks = [module.register_forward_hook(_recorder(name, run)) for name, module in model.named_modules()]
+    for step in range(steps):
+        torch.manual_seed(step)
+        loss = loss_of(model(**batches[step % len(batches)]))
+        for hook in hooks:
+            hook.remove()
+        loss.backward()
+        if gradients is not None:
+            gradients.complete()
+        run.losses.append(float(loss.detach()))
+        run.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+        optimizer.zero_grad()
+        if found is not None:
+            found.settle()
+    run.weights = {name: p.detach() for name, p in model.named_parameters()}
+    return run
+
+
+def _recorder(name: str, run: _Run) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        of_many = output if isinstance(output, (tuple, list)) else output.values() if isinstance(output, dict) else ()
+        tensors = [output] if isinstance(output, Tensor) else [value for value in of_many if isinstance(value, Tensor)]
+        if tensors and tensors[0].is_floating_point():
+            run.outputs.append((name, tensors[0].detach().clone()))
+
+    return record
+
+
+def _first_difference(got: Sequence[tuple[str, Tensor]], want: Sequence[tuple[str, Tensor]]) -> str:
+    """The innermost module whose output is the first that differs, among modules inside none whose output is right.
+
+    What is cut has another shape and says nothing; partial sums are put right by a module around them.
+    """
+    expected: dict[str, list[Tensor]] = defaultdict(list)
+    for name, tensor in want:
+        expected[name].append(tensor)
+    errors: dict[str, float] = {}
+    for name, tensor in got:
+        other = expected[name].pop(0) if expected[name] else None
+        if other is not None and other.shape == tensor.shape:
+            errors[name] = max(errors.get(name, 0.0), comparable(tensor_error(tensor, other, 0.0)[0]))
+    right = {name for name, error in errors.items() if error <= TOLERANCE}
+    wrong = (name for name in errors if name not in right)
+    return next((n for n in wrong if not any(o == "" or n.startswith(f"{o}.") for o in right if o != n)), "")
+
+
+def reference(rank: int, case: Case, path: str) -> None:
+    """The unsharded run, written to ``path``."""
+    run = _train(*_build(case), case.steps)
+    if not all(map(math.isfinite, run.losses)):
+        raise ValueError(f"its losses are {run.losses}")
+    torch.save((run.losses, run.gradients, run.weights, run.outputs), path)
+
+
+def measure(rank: int, case: Case, path: str) -> Measured:
+    """The sharded run, compared with the unsharded one at ``path``."""
+    model, batches = _build(case)
+    if ":" not in case.source:
+        from lightning_autotp.model_sources.small import group_experts
+
+        group_experts(model)
+    full = {name: p.numel() for name, p in model.named_parameters()}
+    mesh = build_mesh(case.tp_size, TPConfig())
+    try:
+        plan = make_plan(model, case.config, case.tp_size)
+        plan = parallel_sequence(model, plan) if case.sequence_parallel else plan
+        apply_plan(model, plan, mesh, torch.device("cpu"), overlap=case.config.tp_overlap_comm)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    got, want, layouts = _train(model, batches, case.steps), _read(path), plan.layouts
+    if got.weights.keys() != want.weights.keys():
+        raise RuntimeError(f"the parameters' names differ: {sorted(got.weights.keys() ^ want.weights.keys())}")
+    errors, digests = [], {}
+    for at, (ours, theirs) in enumerate(zip(got.parts, want.parts)):
+        parts = {name: layouts[name].shard(tensor, mesh.tp_rank) for name, tensor in theirs.items()}
+        errors.append(tensor_errors(ours, parts, model_norm(theirs)))
+        for name, tensor in ours.items():
+            digests.update({(at, name, index): _digest(t) for index, t in _common(tensor, layouts[name], mesh.tp_rank)})
+    return Measured(
+        max(comparable(ratio(abs(ours - theirs), abs(theirs))) for ours, theirs in zip(got.losses, want.losses)),
+        errors[:-1],
+        errors[-1],
+        digests,
+        {name: (e.kind, e.rule, e.source) for name, e in plan.parameters.items() if name in full},
+        {name: layouts[name] for name in full},
+        sum(p.numel() for p in model.parameters()) / sum(full.values()),
+        _first_difference(got.outputs, want.outputs),
+        plan.warnings,
+    )
+
+
+def rounding_noise(rank: int, case: Case, path: str, layouts: dict[str, Layout]) -> list[dict[str, float]]:
+    """The errors of the unsharded fp32 run against the fp64 one, the largest over all ranks' parts."""
+    model, batches = _build(case)
+    batches = [{name: _double(value) for name, value in batch.items()} for batch in batches]
+    single, double = _read(path), _train(model.double(), batches, case.steps)
+    found = []
+    for ours, theirs in zip(single.parts, double.parts):
+        norm, of_ranks = model_norm(theirs), []
+        for part in range(case.tp_size):
+            got, want = ({n: layouts[n].shard(t, part) for n, t in tensors.items()} for tensors in (ours, theirs))
+            of_ranks.append(tensor_errors(got, want, norm))
+        found.append({name: error for name, (error, _) in largest_errors(of_ranks).items()})
+    return found
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _read(path: str) -> _Run:
+    return _Run(*torch.load(path, weights_only=True, mmap=True))
+
+
+def _common(local: Tensor, layout: Layout, rank: int) -> Iterator[tuple[int, Tensor]]:
+    """What other ranks may hold as well: all of a replicated tensor, or slices by their index along the cut dim."""
+    if layout.is_replicated:
+        yield 0, local
+    elif layout.overlaps:
+        assert layout.dim is not None
+        held = [index for start, length in layout.parts[rank] for index in range(start, start + length)]
+        yield from zip(held, local.unbind(layout.dim))
+
+
+def _digest(tensor: Tensor) -> bytes:
+    positive = (tensor.detach() + 0.0).contiguous()  # -0.0 becomes 0.0, which it equals
+    return hashlib.blake2b(positive.view(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
