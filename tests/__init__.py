@@ -1,1 +1,1 @@
-"""Tests of lightning_autotp; helpers are imported as ``from tests.models import ...``."""
+"""Tests of lightning_autotp; helpers are imported as ``from tests.helpers.models import ...``."""

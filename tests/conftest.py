@@ -22,8 +22,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import pytest
 import torch
 
-from tests import rank_pool
-from tests.hygiene import LIGHTNING_NOISE, isolated, leave_process_group
+from tests.helpers import rank_pool
+from tests.helpers.hygiene import LIGHTNING_NOISE, isolated, leave_process_group
 
 _OPTIONS = {"pg", "timeout", "device", "nodes"}
 

@@ -1,0 +1,523 @@
+"""The loss of a sharded vocabulary: values, gradients, its one collective, whole runs, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from lightning_autotp import AutoTPStrategy, TPConfig, cross_entropy
+from lightning_autotp.config.switches import LossParallel
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.layout.layout import Layout, even_widths
+from lightning_autotp.losses import vocab_parallel_cross_entropy as room
+from lightning_autotp.losses.loss_parallel import _ParallelLoss, parallel_hf_loss
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.parallel.linear import ColumnParallelLinear
+from tests.helpers import models
+from tests.helpers.closeness import assert_close
+from tests.helpers.models import LanguageModel, quiet_trainer, tiny_llama, token_batches
+from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharded_runs import (
+    ACCUMULATE,
+    CLIP,
+    RecordedModel,
+    assert_parity,
+    batches_for,
+    reference_run,
+)
+from tests.parity.test_fit import HAND_WRITTEN
+
+VOCABULARY = 131  # no number of ranks divides it
+
+
+def sharded_head(width: int = 3, vocabulary: int = VOCABULARY) -> Any:
+    """A head that is cut over all ranks of the test and keeps its part of the logits."""
+    size = dist.get_world_size()
+    head = nn.Linear(width, vocabulary, bias=False).to(rank_device())
+    layout = Layout.cut((vocabulary, width), 0, size, [even_widths(vocabulary, size)])
+    mesh = build_mesh(size, TPConfig())
+    head.weight.data = layout.shard(head.weight.data, mesh.tp_rank)
+    return ColumnParallelLinear.convert(head, mesh, layout, overlap=False, gather=True)
+
+
+def part(head: Any, logits: Tensor) -> Tensor:
+    ((start, length),) = head.layout.parts[head.mesh.tp_rank]
+    return logits.detach()[..., start : start + length].clone().requires_grad_()
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Logits ``[*shape, V]`` and targets ``shape``, of which every fifth does not count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(*shape, VOCABULARY, generator=generator, dtype=torch.float64)
+    target = torch.randint(VOCABULARY, shape, generator=generator)
+    target.view(-1)[::5] = -100
+    return logits.to(rank_device(), dtype), target.to(rank_device())
+
+
+def wanted(
+    logits: Tensor, target: Tensor, z_loss: float = 0.0, reduction: str = "mean", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """torch's loss, and its gradient ``[..., V]``, in the dtype of the logits."""
+    whole = logits.detach().clone().requires_grad_()
+    rows = whole.flatten(0, -2)
+    losses = F.cross_entropy(rows, target.flatten(), reduction="none", **options)
+    counts = target.flatten() != options.get("ignore_index", -100)
+    losses = losses + z_loss * rows.logsumexp(1).square() * counts
+    loss = {"mean": losses.sum() / counts.sum(), "sum": losses.sum(), "none": losses.view(target.shape)}[reduction]
+    (loss * weights(loss)).sum().backward()
+    assert whole.grad is not None
+    return loss.detach(), whole.grad
+
+
+def weights(loss: Tensor) -> Tensor:
+    """Gradients that differ from token to token."""
+    return torch.linspace(1.0, 2.0, loss.numel(), device=loss.device, dtype=loss.dtype).view(loss.shape)
+
+
+def check(logits: Tensor, target: Tensor, tol: float, **options: Any) -> Tensor:
+    """Loss and gradient of this rank's part are torch's, and the loss has the same bits everywhere."""
+    head = sharded_head()
+    mine = part(head, logits)
+    loss = cross_entropy(mine, target, head, **options)
+    (loss * weights(loss)).sum().backward()
+    want, grad = wanted(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options)
+    assert loss.dtype == want.dtype and mine.grad is not None and mine.grad.dtype == logits.dtype
+    assert_close({"loss": loss}, {"loss": want}, tol, "loss")
+    rounding = torch.finfo(logits.dtype).eps
+    assert_close({"logits": mine.grad.to(grad.dtype)}, {"logits": part(head, grad)}, max(tol, rounding))
+    assert_same_bits(loss)
+    return loss
+
+
+def assert_same_bits(tensor: Tensor) -> None:
+    first = tensor.detach().clone()
+    dist.broadcast(first, src=0)
+    assert torch.equal(first, tensor)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-2},
+    "all": {"label_smoothing": 0.3, "z_loss": 1e-2, "reduction": "none"},
+    "ignored-is-an-id": {"ignore_index": 7, "label_smoothing": 0.1},
+}
+
+
+def check_all(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for chunk in (room._CHUNK, 200):  # 200: a few rows at a time
+        monkeypatch.setattr(room, "_CHUNK", chunk)
+        for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            logits, target = drawn(4, 9, dtype=dtype)
+            if "ignore_index" in options:
+                target = target.masked_fill(target == -100, options["ignore_index"])
+            check(logits, target, tol, **options)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.ranks(2)
+def test_tp2_is_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all(OPTIONS[case], monkeypatch)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.ranks(3)
+def test_tp3_is_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all(OPTIONS[case], monkeypatch)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.ranks(4)
+def test_tp4_is_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all(OPTIONS[case], monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.ranks(2)
+def test_half_precision_logits_are_computed_in_fp32(dtype: torch.dtype) -> None:
+    logits, target = drawn(40, dtype=dtype)
+    assert check(logits, target, 1e-5, label_smoothing=0.1, z_loss=1e-3).dtype == torch.float32
+
+
+@pytest.mark.ranks(2)
+def test_huge_logits_and_masked_ones() -> None:
+    logits, target = drawn(30, scale=3e4)
+    assert torch.isfinite(check(logits, target, 1e-5))
+    assert torch.isfinite(check(-logits.abs() - 1e5, target, 1e-5))
+    logits, target = drawn(30)
+    logits[:, 70:] = -torch.inf  # all that the second rank has
+    assert torch.isfinite(check(logits, target.clamp(max=69), 1e-5))
+    head, impossible = sharded_head(), torch.full_like(target, 70)
+    mine = part(head, logits)
+    loss = cross_entropy(mine, impossible, head)
+    loss.backward()
+    want, grad = wanted(logits, impossible)
+    assert loss.isinf() and want.isinf() and mine.grad is not None
+    assert_close({"logits": mine.grad}, {"logits": part(head, grad)}, 1e-5)
+
+
+@pytest.mark.ranks(2)
+def test_tokens_that_do_not_count() -> None:
+    head = sharded_head()
+    logits, target = drawn(6)
+    none = torch.full_like(target, -100)
+    mine = part(head, logits)
+    losses = cross_entropy(mine, none, head, reduction="none", z_loss=0.1, label_smoothing=0.1)
+    losses.sum().backward()
+    assert mine.grad is not None and not losses.any() and not mine.grad.any()
+    assert cross_entropy(mine, none, head).isnan() and F.cross_entropy(logits, none).isnan()
+    assert not cross_entropy(mine, none, head, reduction="sum").any()
+    empty = cross_entropy(mine[:0], none[:0], head, reduction="sum")
+    assert not empty.any()
+
+
+@pytest.mark.ranks(2, device="cpu")
+def test_a_target_out_of_range_is_an_error() -> None:
+    head = sharded_head()
+    logits, target = drawn(6)
+    for wrong in (VOCABULARY, -1):
+        target[3] = wrong
+        with pytest.raises(RuntimeError, match="out of range for the 131 logits"):
+            cross_entropy(part(head, logits), target, head)
+
+
+@pytest.mark.ranks(2)
+def test_gradients_of_gradients_are_an_error() -> None:
+    """Not zeros, though the gradient that comes in is a constant."""
+    head = sharded_head()
+    logits, target = drawn(6)
+    mine = part(head, logits)
+    (grad,) = torch.autograd.grad(cross_entropy(mine, target, head), mine, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.ranks(3)
+def test_one_collective_forward_and_none_backward() -> None:
+    head = sharded_head()
+    logits, target = drawn(50)
+    for options in OPTIONS.values():
+        target = target.masked_fill(target < 0, options.get("ignore_index", -100))
+        mine = part(head, logits)
+        with CommDebugMode() as forward:
+            loss = cross_entropy(mine, target, head, **options)
+        with CommDebugMode() as backward:
+            loss.sum().backward()
+        assert (forward.get_total_counts(), backward.get_total_counts()) == (1, 0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.ranks(2, timeout=240)
+def test_in_one_graph(backend: str) -> None:
+    head = sharded_head()
+    logits, target = drawn(4, 9)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    compiled = torch.compile(partial(cross_entropy, **options), backend=backend, fullgraph=True)
+    mine = part(head, logits)
+    loss = compiled(mine, target, head)
+    loss.backward()
+    want, grad = wanted(logits, target, **options)
+    assert mine.grad is not None
+    assert_close({"loss": loss}, {"loss": want}, 1e-5, "loss")
+    assert_close({"logits": mine.grad}, {"logits": part(head, grad)}, 1e-5)
+    assert_same_bits(loss)
+
+
+@pytest.mark.ranks(2)
+def test_all_logits_of_a_sharded_head() -> None:
+    head = sharded_head()
+    logits, target = drawn(4, 9)
+    want, grad = wanted(logits, target, z_loss=0.1)
+    with torch.no_grad(), CommDebugMode() as calls:
+        loss = cross_entropy(logits, target, head, z_loss=0.1)
+    assert calls.get_total_counts() == 1
+    assert_close({"loss": loss}, {"loss": want}, 1e-5, "loss")
+    whole = logits.clone().requires_grad_()
+    with CommDebugMode() as calls:
+        cross_entropy(whole, target, head, z_loss=0.1).backward()
+    assert calls.get_total_counts() == 0 and whole.grad is not None
+    assert_close({"logits": whole.grad}, {"logits": grad}, 1e-5)
+
+
+def test_a_head_that_is_not_cut() -> None:
+    head = nn.Linear(3, VOCABULARY)
+    logits, target = drawn(4, 9)
+    for options in OPTIONS.values():
+        if "ignore_index" not in options:
+            want, _ = wanted(logits, target, **options)
+            assert_close({"loss": cross_entropy(logits, target, head, **options)}, {"loss": want}, 1e-6, "loss")
+    assert cross_entropy(logits.bfloat16(), target, head).dtype == torch.float32
+
+
+def test_wrong_arguments_are_named() -> None:
+    head = nn.Linear(3, VOCABULARY)
+    logits, target = drawn(4, 9)
+    wrong: list[tuple[str, Callable[[], Tensor]]] = [
+        ("head: .* not Embedding", lambda: cross_entropy(logits, target, nn.Embedding(3, 3))),
+        ("logits: the last size is 130", lambda: cross_entropy(logits[..., 1:], target, head)),
+        ("logits: floating-point", lambda: cross_entropy(logits.long(), target, head)),
+        ("target: ids of shape", lambda: cross_entropy(logits, target[:1], head)),
+        ("target: ids of shape", lambda: cross_entropy(logits, target.float(), head)),
+        ("reduction: 'average'", lambda: cross_entropy(logits, target, head, reduction="average")),
+        ("label_smoothing: 2", lambda: cross_entropy(logits, target, head, label_smoothing=2)),
+    ]
+    for message, call in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.ranks(2)
+def test_logits_that_are_neither_all_nor_this_ranks() -> None:
+    head = sharded_head()
+    logits, target = drawn(4)
+    with pytest.raises(ValueError, match="of which this rank holds"):
+        cross_entropy(logits[:, :50], target, head)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+class LossModel(RecordedModel):
+    """Trains a Hugging Face model, or one that gives logits, by the loss that ``loss`` names."""
+
+    def __init__(self, batches: list[Tensor], factory: Callable[..., nn.Module], loss: str, **options: Any) -> None:
+        super().__init__(batches, factory, **options)
+        self.loss = loss
+        self.widths: set[int] = set()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.loss == "own":
+            logits = self(batch)
+            loss = cross_entropy(logits[:, :-1], batch[:, 1:], self.model.lm_head)  # type: ignore[arg-type]
+        else:
+            items = batch[:, 1:].numel()
+            extra = {"hf": {}, "hf-items": {"num_items_in_batch": torch.tensor(items)}}[self.loss]
+            out = self.model(input_ids=batch, labels=batch, **extra)
+            loss, logits = out.loss, out.logits
+        self.widths.add(logits.shape[-1])
+        self.record.losses.append(loss.detach().clone())
+        return loss
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        logits = self(batch)
+        assert logits.shape[-1] == VOCABULARY
+        want = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        losses = [cross_entropy(logits[:, :-1], batch[:, 1:], self.model.lm_head)]  # type: ignore[arg-type]
+        if self.loss != "own":
+            losses.append(self.model(input_ids=batch, labels=batch).loss)
+        for loss in losses:
+            torch.testing.assert_close(loss, want, rtol=1e-5, atol=0.0)
+
+
+def checkpointed_llama(**options: Any) -> nn.Module:
+    model = tiny_llama(**options)
+    model.gradient_checkpointing_enable()
+    return model.train()
+
+
+CASES: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any], dict[str, Any]]] = {
+    "hf-untied": ("hf", tiny_llama, {"kv_heads": 4}, {}),
+    "hf-tied": ("hf", tiny_llama, {"kv_heads": 4, "tied": True}, {}),
+    "hf-items-checkpointed": ("hf-items", checkpointed_llama, {"kv_heads": 4, "tied": True}, {}),
+    "own-llama": ("own", tiny_llama, {"kv_heads": 4}, {}),
+    "own-hand-written-tied": ("own", models.transformer, {"tied": True}, {"partition_config": HAND_WRITTEN}),
+}
+
+
+def check_run(case: str, tp_size: int, loss_parallel: LossParallel = True) -> None:
+    loss, factory, options, rules = CASES[case]
+    options = options | {"vocab": VOCABULARY}
+    batches = batches_for(VOCABULARY)
+    model = LossModel(batches, factory, loss, **options)
+    strategy = AutoTPStrategy(autotp_size=tp_size, loss_parallel=loss_parallel, **rules)
+    trainer = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, "use_distributed_sampler": False}
+    quiet_trainer(strategy=strategy, num_sanity_val_steps=1, **trainer).fit(model)
+    widths = [length for _, length in even_widths(VOCABULARY, tp_size)]
+    assert model.widths == {0 if loss_parallel == "fused" else widths[strategy.tp_rank]}
+    assert_parity(model, partial(reference_run, factory, batches, **options))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.ranks(2)
+def test_tp2_is_the_unsharded_run(case: str) -> None:
+    check_run(case, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.ranks(4)
+def test_tp4_is_the_unsharded_run(case: str) -> None:
+    check_run(case, 4)
+
+
+@pytest.mark.parametrize("case", ["hf-tied", "own-llama"])
+@pytest.mark.ranks(4)
+def test_tp2_dp2_is_the_unsharded_run(case: str) -> None:
+    check_run(case, 2)
+
+
+@pytest.mark.ranks(2)
+def test_the_switch_is_set_by_every_run() -> None:
+    """fit, validate, fit again, and then a run without: the head and the loss are what the last Trainer wants."""
+    model = LossModel(token_batches(n=2, vocab=VOCABULARY), tiny_llama, "hf", vocab=VOCABULARY)
+    llama: Any = model.model
+    strategy = AutoTPStrategy(autotp_size=2, loss_parallel=True)
+    trainer = quiet_trainer(strategy=strategy, use_distributed_sampler=False)
+    for run in (trainer.fit, trainer.validate, trainer.fit):
+        run(model)
+        assert isinstance(llama.loss_function, _ParallelLoss) and llama.lm_head.keeps_part
+    assert model.widths == {even_widths(VOCABULARY, 2)[strategy.tp_rank][1]}
+    model.widths.clear()
+    quiet_trainer(strategy=AutoTPStrategy(autotp_size=2), use_distributed_sampler=False).fit(model)
+    assert model.widths == {VOCABULARY}
+    assert "_loss_function" not in vars(llama) and not llama.lm_head.keeps_part
+
+
+def adapted(**settings: Any) -> nn.Module:
+    """A Llama whose head, too, has an adapter, or is trained as a copy."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, init_lora_weights=False, **settings)
+        llama: Any = tiny_llama(vocab=VOCABULARY, kv_heads=4)
+        return get_peft_model(llama, config)
+
+
+def adapted_head() -> nn.Module:
+    return adapted(target_modules=["q_proj", "v_proj", "lm_head"])
+
+
+def saved_head() -> nn.Module:
+    return adapted(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+
+
+def gemma2() -> nn.Module:
+    return small_model(small_config("gemma2"))
+
+
+def gpt2() -> nn.Module:
+    return small_model(small_config("gpt2"))
+
+
+@pytest.mark.parametrize("factory", [adapted_head, saved_head, gemma2, gpt2])
+@pytest.mark.ranks(2)
+def test_adapters_on_the_head_capped_logits_and_other_families(factory: Callable[..., nn.Module]) -> None:
+    built: Any = factory()
+    vocabulary: int = built.config.vocab_size
+    batches = batches_for(vocabulary)
+    model = LossModel(batches, factory, "hf")
+    trainer = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, "use_distributed_sampler": False}
+    strategy = AutoTPStrategy(autotp_size=2, loss_parallel=True)
+    quiet_trainer(strategy=strategy, limit_val_batches=0, **trainer).fit(model)
+    assert max(model.widths) < vocabulary
+    assert_parity(model, partial(reference_run, factory, batches))
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_a_whole_model_with_its_loss_in_one_graph() -> None:
+    model = LossModel(token_batches(n=1, vocab=VOCABULARY), tiny_llama, "hf", vocab=VOCABULARY)
+    strategy = AutoTPStrategy(autotp_size=2, loss_parallel=True)
+    quiet_trainer(strategy=strategy, use_distributed_sampler=False, limit_val_batches=0).fit(model)
+    tokens = model.batches[0].to(rank_device())
+    compiled: Any = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    grads = []
+    for call in (model.model, compiled):
+        model.zero_grad()
+        call(input_ids=tokens, labels=tokens).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_close(grads[1], grads[0], 1e-5)
+
+
+class Bare(LanguageModel):
+    """Says what a strategy's setup says of a model."""
+
+    def train_dataloader(self) -> Any:
+        return models.token_loader(vocab=100)
+
+
+def setup_error(factory: Callable[..., nn.Module], message: str, **options: Any) -> None:
+    trainer = quiet_trainer(strategy=AutoTPStrategy(**{"autotp_size": 2, "loss_parallel": True} | options))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Bare(factory))
+
+
+def of_type(model_type: str) -> nn.Module:
+    return small_model(small_config(model_type))
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("t5", "T5ForConditionalGeneration"), ("bert", "BertForMaskedLM")])
+@pytest.mark.ranks(2)
+def test_a_loss_inside_forward_is_refused(model_type: str, name: str) -> None:
+    setup_error(partial(of_type, model_type), f"loss_parallel: {name} computes its loss inside its forward")
+
+
+@pytest.mark.ranks(2)
+def test_models_that_pick_logits_by_their_ids_are_refused() -> None:
+    model: Any = tiny_llama()
+    model.__class__ = type("InklingForCausalLM", (type(model),), {})
+    with pytest.raises(ValueError, match="loss_parallel: InklingForCausalLM picks logits by their ids"):
+        parallel_hf_loss(model)
+    head = sharded_head()
+    logits, target = drawn(2, 5)
+    with pytest.raises(ValueError, match="loss_parallel: the model reads 100 of the 131 outputs"):
+        _ParallelLoss(head)(part(head, logits), target, vocab_size=100)
+    width = head.weight.shape[0]  # some models name the width of what they give
+    assert_same_bits(_ParallelLoss(head)(part(head, logits), target, vocab_size=width))
+
+
+def masked_llama() -> nn.Module:
+    model = tiny_llama()
+    model.loss_type = "ForMaskedLM"
+    return model
+
+
+class Headless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+
+@pytest.mark.ranks(2)
+def test_other_losses_and_models_without_a_head_are_refused() -> None:
+    setup_error(masked_llama, "loss_parallel: the loss of LlamaForCausalLM is ForMaskedLMLoss")
+    rules = {
+        "layer_specs": [
+            {"patterns": [r".*\.up\.weight"], "partition_type": "column"},
+            {"patterns": [r".*\.down\.weight"], "partition_type": "row"},
+        ]
+    }
+    setup_error(Headless, "loss_parallel: there is no head", partition_config=rules)
+
+
+@pytest.mark.ranks(2)
+def test_a_loss_function_of_the_users_stays() -> None:
+    def own(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        return cross_entropy(logits[:, :-1], labels[:, 1:], llama.lm_head, z_loss=0.1)
+
+    model = LossModel(token_batches(n=1, vocab=VOCABULARY), tiny_llama, "hf", vocab=VOCABULARY)
+    llama: Any = model.model
+    llama.loss_function = own
+    strategy = AutoTPStrategy(autotp_size=2, loss_parallel=True)
+    quiet_trainer(strategy=strategy, use_distributed_sampler=False, limit_val_batches=0).fit(model)
+    assert llama.loss_function is own and max(model.widths) < VOCABULARY
+
+
+@pytest.mark.ranks(1)
+def test_one_rank_has_nothing_to_share() -> None:
+    model = LossModel(token_batches(n=1, vocab=VOCABULARY), tiny_llama, "own", vocab=VOCABULARY)
+    strategy = AutoTPStrategy(autotp_size=1, loss_parallel=True)
+    quiet_trainer(strategy=strategy, use_distributed_sampler=False).fit(model)
+    assert model.widths == {VOCABULARY}

@@ -1,0 +1,104 @@
+"""The order of the rooms: a file imports only from its own room and from rooms above it, and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lightning_autotp
+
+ROOMS = (
+    *("compat", "diagnostics", "layout", "specs", "presets", "config", "kernels", "model_sources", "introspection"),
+    *("plans", "dataflow", "planning", "distributed", "parallel", "losses", "sharding", "optimizers", "training"),
+    *("checkpoint", "proof", "recipe", "verification", "estimation", "strategies", "cli", "examples"),
+)
+"""By stage: data goes one way, from the first to the last."""
+
+PACKAGE = "lightning_autotp"
+ROOT = Path(lightning_autotp.__file__).parent
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """The modules of the package that ``source`` imports, inside functions and under TYPE_CHECKING, too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE)
+        elif isinstance(node, ast.ImportFrom):
+            # a relative import starts at the package that holds `module`
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            name = ".".join(filter(None, (base, node.module)))
+            if name.split(".")[0] == PACKAGE:
+                yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def files() -> dict[str, Path]:
+    """Every file of the package but its own ``__init__.py``, by module name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = [PACKAGE, *path.relative_to(ROOT).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    del found[PACKAGE]
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def wrong_imports(modules: dict[str, str]) -> list[str]:
+    """A sentence for each import, of modules given as source by name, that goes against the order of the rooms."""
+    wrong = []
+    for module, source in modules.items():
+        for imported in imports(source, module):
+            if imported == PACKAGE or room(imported) not in ROOMS:
+                wrong.append(
+                    f"{module} imports from {PACKAGE} itself, which imports everything; name the file it is in."
+                )
+            elif ROOMS.index(room(imported)) > ROOMS.index(room(module)):
+                wrong.append(f"{module} imports {imported}, whose room {room(imported)!r} comes after its own.")
+    return wrong
+
+
+def test_every_file_is_in_a_room_that_has_a_place() -> None:
+    strangers = {module for module in files() if room(module) not in ROOMS}
+    assert not strangers, f"these files are in no room of {ROOMS}: {sorted(strangers)}"
+
+
+def test_imports_go_one_way_through_the_rooms() -> None:
+    wrong = wrong_imports({module: path.read_text() for module, path in files().items()})
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from lightning_autotp.cli.main import main",
+        "def f():\n    import lightning_autotp.cli.main",
+        "if TYPE_CHECKING:\n    from lightning_autotp.cli import main",
+        "from ..cli import main",
+        "from lightning_autotp import cli",
+    ],
+)
+def test_an_import_of_a_later_room_is_named_with_both_files(line: str) -> None:
+    modules = {f"{PACKAGE}.layout.layout": line, f"{PACKAGE}.cli.main": "", f"{PACKAGE}.cli": ""}
+    wrong = wrong_imports(modules)
+    assert wrong and all(
+        "lightning_autotp.layout.layout imports lightning_autotp.cli" in sentence for sentence in wrong
+    )
+
+
+def test_no_circle_joins_files() -> None:
+    modules = files()
+    edges = {}
+    for module, path in modules.items():
+        found = {name for i in imports(path.read_text(), module) for name in (i, i.rpartition(".")[0])}
+        # a package's own __init__ may list what is in it
+        edges[module] = {i for i in found if i in modules and i != module and not module.startswith(f"{i}.")}
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        pytest.fail(f"these files import each other: {' -> '.join(error.args[1])}")
