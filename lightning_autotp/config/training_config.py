@@ -15,12 +15,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     field_serializer,
     field_validator,
     model_validator,
 )
 
 from lightning_autotp.config.dtypes import DType
+from lightning_autotp.config.switches import LossParallel, check_loss_parallel
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.specs.layer_spec import AutoTPConfig, nearest
 
@@ -124,6 +126,16 @@ class TPTrainingConfig(_Section):
         partition_config: custom rules; the fields of :class:`~lightning_autotp.AutoTPConfig`.
         preset_model: the name of a built-in preset, see :class:`~lightning_autotp.AutoTPPresets`.
         tensor_parallel: nested :class:`TPConfig` (alias ``tp``).
+        sequence_parallel: between attention and MLP each rank holds its part of the tokens: less memory, the same
+            communication.
+        loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
+            the parts; see :func:`lightning_autotp.cross_entropy`. ``"fused"``: a Hugging Face model's head makes no
+            logits in training, and its loss is computed of what the head is given; see
+            :func:`lightning_autotp.linear_cross_entropy`. With one rank nothing changes.
+        compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
+        shard_saved_activations: of what checkpointed blocks keep for the backward pass, each rank keeps its part: less
+            memory, for one all-gather a block. Needs activation checkpointing and no ``sequence_parallel``.
+        check_agreement: compare the data, the loss and replicated gradients across tensor parallel ranks, once a run.
 
     Raises:
         pydantic.ValidationError: a ``ValueError`` that names the field and the fix.
@@ -135,6 +147,11 @@ class TPTrainingConfig(_Section):
     partition_config: Optional[dict[str, Any]] = None
     preset_model: Optional[str] = None
     tensor_parallel: TPConfig = Field(default_factory=TPConfig, alias="tp")
+    sequence_parallel: StrictBool = False
+    loss_parallel: LossParallel = False
+    compile: StrictBool = False
+    shard_saved_activations: StrictBool = False
+    check_agreement: StrictBool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +166,12 @@ class TPTrainingConfig(_Section):
         if size < 0:
             raise ValueError(f"autotp_size: {size} is negative; 0 turns tensor parallelism off.")
         return size
+
+    @field_validator("loss_parallel", mode="before")
+    @classmethod
+    def _known_loss(cls, value: Any) -> Any:
+        check_loss_parallel(value)
+        return value
 
     @field_validator("preset_model")
     @classmethod

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_autotp.config.switches import LossParallel, check_loss_parallel
+from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
@@ -99,13 +99,13 @@ class AutoTPStrategy(CheckpointStrategy):
         partition_config: Optional[dict[str, Any]] = None,
         preset_model: Optional[str] = None,
         tensor_parallel: Union[TPConfig, dict[str, Any], None] = None,
-        sequence_parallel: bool = False,
-        loss_parallel: LossParallel = False,
-        compile: bool = False,  # noqa: A002 - torch's name for it
-        shard_saved_activations: bool = False,
+        sequence_parallel: Optional[bool] = None,
+        loss_parallel: Optional[LossParallel] = None,
+        compile: Optional[bool] = None,  # noqa: A002 - torch's name for it
+        shard_saved_activations: Optional[bool] = None,
         save_distributed_checkpoint: bool = True,
         exclude_frozen_parameters: bool = False,
-        check_agreement: bool = True,
+        check_agreement: Optional[bool] = None,
         process_group_backend: Optional[str] = None,
         timeout: timedelta = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -116,7 +116,6 @@ class AutoTPStrategy(CheckpointStrategy):
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters
         others = known_arguments([name for name in ours if name not in ("self", "kwargs")], kwargs)
-        check_loss_parallel(loss_parallel)
         given = {
             "autotp_size": autotp_size,
             "dtype": dtype,
@@ -124,6 +123,11 @@ class AutoTPStrategy(CheckpointStrategy):
             "partition_config": partition_config,
             "preset_model": preset_model,
             "tensor_parallel": tensor_parallel,
+            "sequence_parallel": sequence_parallel,
+            "loss_parallel": loss_parallel,
+            "compile": compile,
+            "shard_saved_activations": shard_saved_activations,
+            "check_agreement": check_agreement,
         }
         self.config = TPTrainingConfig.load(
             config, **{name: value for name, value in given.items() if value is not None}
@@ -137,13 +141,8 @@ class AutoTPStrategy(CheckpointStrategy):
             gradient_as_bucket_view=gradient_as_bucket_view,
             **others,
         )
-        self._sequence_parallel = sequence_parallel
-        self._loss_parallel = loss_parallel
-        self._compile = compile
-        self._shard_saved_activations = shard_saved_activations
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
-        self._check_agreement = check_agreement
         self._all_devices = False
         self._mesh: Optional[Mesh] = None
         self._gradients: Optional[TPGradients] = None
@@ -263,12 +262,12 @@ class AutoTPStrategy(CheckpointStrategy):
         self.precision_plugin.convert_module(module)
         self._apply_dtype(module)
         found = self._shard(module)
-        set_loss_parallel(module, found.plan, self._loss_parallel)
-        if self._compile:
+        set_loss_parallel(module, found.plan, self.config.loss_parallel)
+        if self.config.compile:
             compile_blocks(module, found.plan)
         self.model_to_device()
         self._statistics_over_dp(module)
-        self._first_look = FirstLook(self.mesh, self._check_agreement)
+        self._first_look = FirstLook(self.mesh, self.config.check_agreement)
         if fitting:
             self._setup_fit(trainer, module, found)
         self.setup_precision_plugin()
@@ -297,7 +296,7 @@ class AutoTPStrategy(CheckpointStrategy):
                 optimizer.register_step_pre_hook(self._complete_gradients)
 
     def _shard_saved(self, module: LightningModule, found: Sharded) -> None:
-        if self._shard_saved_activations:
+        if self.config.shard_saved_activations:
             assert self._first_look is not None
             self._saved = SavedActivations(shared_blocks(module, found.plan), self.mesh, self._first_look.shared)
 
@@ -320,7 +319,7 @@ class AutoTPStrategy(CheckpointStrategy):
 
     def _plan(self, module: LightningModule) -> ShardingPlan:
         plan = make_plan(module, self.config, self.tp_size)
-        return parallel_sequence(module, plan) if self._sequence_parallel and self.tp_size > 1 else plan
+        return parallel_sequence(module, plan) if self.config.sequence_parallel and self.tp_size > 1 else plan
 
     def _apply_dtype(self, module: LightningModule) -> None:
         if "dtype" not in self.config.model_fields_set:

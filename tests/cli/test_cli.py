@@ -143,9 +143,9 @@ def test_a_nested_section_and_an_interval_are_read(tmp_path: Path, text: Path) -
 @pytest.mark.parametrize("value", ["fused", True, False])
 def test_the_loss_is_switched_by_a_name_or_a_bool(value: str | bool, tmp_path: Path, text: Path) -> None:
     config = write(tmp_path / "config.yaml", autotp(autotp_size=2, loss_parallel=value), text)
-    assert parsed(config)._loss_parallel == value
+    assert parsed(config).config.loss_parallel == value
     option = f"--trainer.strategy.init_args.loss_parallel={str(value).lower()}"
-    assert parsed(write(tmp_path / "config.yaml", autotp(autotp_size=2), text), option)._loss_parallel == value
+    assert parsed(write(tmp_path / "config.yaml", autotp(autotp_size=2), text), option).config.loss_parallel == value
 
 
 @pytest.mark.parametrize("option", ["--trainer.strategy.init_args.autotp_size", "--trainer.strategy.autotp_size"])
