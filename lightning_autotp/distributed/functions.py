@@ -1,31 +1,17 @@
-"""Tensor parallel collectives as autograd functions, on plain local tensors.
+"""The collectives of tensor parallelism with their gradients, on plain local tensors.
 
 Source: Megatron-LM (arXiv:1909.08053), section 3; its ``f`` is part of the column parallel linear, its ``g`` is
-:func:`reduce_output`. While ``torch.compile`` traces, collectives are the functional ones, which it can put in a graph.
+:func:`reduce_output`.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed import _functional_collectives as functional
 
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.layout.layout import Layout
-
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-
-
-def all_reduced(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of ``x`` over ``group``; ``x`` itself is overwritten if it is contiguous. No autograd."""
-    if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
-    x = x.contiguous()
-    dist.all_reduce(x, group=group)
-    return x
 
 
 def gather_parts(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
@@ -40,28 +26,19 @@ def gather_parts(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     mine = local.movedim(dim, 0)
     padded = mine.new_zeros(widest, *mine.shape[1:])
     padded[: mine.shape[0]] = mine
-    stacked = all_gather_rows(padded, mesh)
+    stacked = mesh.collectives.all_gather(padded)
     parts = stacked.view(mesh.tp_size, widest, *mine.shape[1:])
     return layout.unshard([parts[r, : layout.widths[r]].movedim(0, dim) for r in range(mesh.tp_size)])
-
-
-def all_gather_rows(x: Tensor, mesh: Mesh) -> Tensor:
-    """Every rank's ``[R, ...]``, all of one size and contiguous, as ``[tp * R, ...]``. No autograd."""
-    if torch.compiler.is_compiling():
-        return functional.wait_tensor(functional.all_gather_tensor(x, 0, mesh.tp_group))
-    stacked = x.new_empty(mesh.tp_size * x.shape[0], *x.shape[1:])
-    all_gather(stacked, x, group=mesh.tp_group)
-    return stacked
 
 
 class _ReduceOutput(torch.autograd.Function):
     """Forward: all-reduce ``[..., N]`` partial -> ``[..., N]`` full on every rank. Backward: the gradient as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
         if not torch.compiler.is_compiling() and x.is_contiguous():
             ctx.mark_dirty(x)
-        return all_reduced(x, group)
+        return mesh.collectives.all_reduce(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
@@ -104,8 +81,8 @@ class _CopyInput(torch.autograd.Function):
     """Forward: ``x`` as it is. Backward: all-reduce of the gradient, of its last ``count`` features or (0) of all."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, group: ProcessGroup) -> Tensor:
-        ctx.count, ctx.group = count, group
+    def forward(ctx: Any, x: Tensor, count: int, mesh: Mesh) -> Tensor:
+        ctx.count, ctx.mesh = count, mesh
         return x.view_as(x)
 
     @staticmethod
@@ -113,9 +90,9 @@ class _CopyInput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         grad = grads[0]
         if not ctx.count:
-            return all_reduced(grad.clone(), ctx.group), None, None
+            return ctx.mesh.collectives.all_reduce(grad.clone()), None, None
         whole, partial = grad.split([grad.shape[-1] - ctx.count, ctx.count], -1)
-        return torch.cat([whole, all_reduced(partial.contiguous(), ctx.group)], -1), None, None
+        return torch.cat([whole, ctx.mesh.collectives.all_reduce(partial.contiguous())], -1), None, None
 
 
 class _AddedOnce(torch.autograd.Function):
@@ -135,7 +112,7 @@ def reduce_output(x: Tensor, mesh: Mesh) -> Tensor:
 
     ``x`` must be a fresh result that nothing else reads: it is reduced in place.
     """
-    reduced: Tensor = _ReduceOutput.apply(x, mesh.tp_group)
+    reduced: Tensor = _ReduceOutput.apply(x, mesh)
     return reduced
 
 
@@ -160,7 +137,7 @@ def copy_input(x: Tensor, mesh: Mesh, count: int = 0) -> Tensor:
 
     Source: Megatron-LM (arXiv:1909.08053), section 3, ``f``.
     """
-    copied: Tensor = _CopyInput.apply(x, count, mesh.tp_group)
+    copied: Tensor = _CopyInput.apply(x, count, mesh)
     return copied
 
 

@@ -1,6 +1,5 @@
 """Process groups: tensor parallel ranks side by side (inside a node), data parallel ranks across."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional
@@ -8,66 +7,46 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from lightning_autotp.config.training_config import TPConfig
+from lightning_autotp.distributed.collectives import Collectives
+from lightning_autotp.distributed.live import LiveCollectives
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in a data parallel x tensor parallel arrangement of all processes.
+    """This rank's place in a data parallel x tensor parallel arrangement of all ranks.
 
     Args:
-        tp_group: the processes that share one model, each with its part of it.
-        dp_group: the processes that hold the same part, each with its own data.
-        tp_rank: this process's rank in ``tp_group``, of ``tp_size``.
+        tp_rank: this rank among those that share one model, each with its shard of it, of ``tp_size``.
         tp_size: the tensor parallel size.
-        dp_rank: this process's rank in ``dp_group``, of ``dp_size``.
+        dp_rank: this rank among those that hold the same shards, each with its own data, of ``dp_size``.
         dp_size: the data parallel size.
-        timeout: how long a collective may wait in groups that are made later; None for torch's default.
+        collectives: what these ranks send one another.
     """
 
-    tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
     tp_rank: int
     tp_size: int
     dp_rank: int
     dp_size: int
-    timeout: Optional[timedelta] = None
+    collectives: Collectives
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         # sharded modules refer to their mesh, and process groups cannot be copied
         return self
 
     @property
+    def tp_group(self) -> dist.ProcessGroup:
+        """The process group of the ranks that share one model, for engines that send by themselves."""
+        return self.collectives.process_group("tp")
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """The process group of the ranks that hold the same shards, for engines that send by themselves."""
+        return self.collectives.process_group("dp")
+
+    @property
     def tp_source(self) -> int:
-        """The global rank of the first process of ``tp_group``, which the others take broadcasts from."""
+        """The global rank of the first process of ``tp_group``."""
         return dist.get_global_rank(self.tp_group, 0)
-
-
-@dataclass(frozen=True)
-class Subgroups:
-    """Process groups of some of the ranks of a tensor parallel group, by those ranks: this process's own."""
-
-    groups: Mapping[tuple[int, ...], dist.ProcessGroup]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Subgroups":
-        return self
-
-    @classmethod
-    def of(cls, sets: Iterable[tuple[int, ...]], mesh: Mesh) -> "Subgroups":
-        """A group for each of ``sets``, which are alike on all processes of the run; every process must call it."""
-        groups = {tuple(range(mesh.tp_size)): mesh.tp_group}
-        missing = sorted(set(sets) - groups.keys())
-        if missing:
-            mine = tuple(dist.get_process_group_ranks(mesh.tp_group))
-            everyones: list[Any] = [mine] * dist.get_world_size()
-            if mesh.dp_size > 1:
-                dist.all_gather_object(everyones, mine)
-            models = sorted(set(everyones))
-            for members in missing:
-                owners = [[ranks[m] for m in members] for ranks in models]
-                group, _ = dist.new_subgroups_by_enumeration(owners, timeout=mesh.timeout)
-                if mesh.tp_rank in members:
-                    groups[members] = group
-        return cls(groups)
 
 
 def build_mesh(tp_size: int, given: TPConfig, timeout: Optional[timedelta] = None) -> Mesh:
@@ -112,13 +91,11 @@ def _in_front(timeout: Optional[timedelta]) -> Any:
 
 def _from_mpu(mpu: Any, tp_size: int, timeout: Optional[timedelta]) -> Mesh:
     mesh = Mesh(
-        mpu.get_model_parallel_group(),
-        mpu.get_data_parallel_group(),
         mpu.get_model_parallel_rank(),
         mpu.get_model_parallel_world_size(),
         mpu.get_data_parallel_rank(),
         mpu.get_data_parallel_world_size(),
-        timeout,
+        LiveCollectives(mpu.get_model_parallel_group(), mpu.get_data_parallel_group(), timeout),
     )
     if mesh.tp_size != tp_size:
         raise ValueError(f"tensor_parallel.mpu: its model parallel size is {mesh.tp_size}, autotp_size is {tp_size}.")
@@ -151,4 +128,5 @@ def _with_replicas(tp_group: dist.ProcessGroup, tp_ranks: list[list[int]], timeo
     replicas = [[ranks[place] for ranks in tp_ranks] for place in range(tp_size)]
     dp_group, _ = dist.new_subgroups_by_enumeration(replicas, timeout=timeout)
     tp_rank = dist.get_group_rank(tp_group, rank)
-    return Mesh(tp_group, dp_group, tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks), timeout)
+    collectives = LiveCollectives(tp_group, dp_group, timeout)
+    return Mesh(tp_rank, tp_size, replicas[tp_rank].index(rank), len(tp_ranks), collectives)

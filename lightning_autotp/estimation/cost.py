@@ -142,11 +142,10 @@ class Estimate:
 
 
 def estimate(job: Job, machine: Machine) -> Estimate:
-    """What a step of ``job`` costs on ``machine``; nothing is trained, and no process group is left behind.
+    """What a step of ``job`` costs on ``machine``; nothing is trained, and no process group is needed or touched.
 
     Raises:
         ValueError: if the model cannot be read, its plan is refused, or its step needs to know the values of tensors.
-        RuntimeError: if this process belongs to a process group already.
     """
     started = time.monotonic()
     step = run_step(job)

@@ -1,8 +1,8 @@
 """One training step of one rank of a job, without weights, GPUs or other ranks.
 
-Tensors are torch's fake ones, which have shapes and no memory; the other tensor parallel ranks are those of torch's
-fake process group, whose collectives do nothing. Everything else is what ``AutoTPStrategy`` does. Rank 0 holds the most
-where a cut is uneven.
+Tensors are torch's fake ones, which have shapes and no memory; the other tensor parallel ranks are not there, and what
+is sent to them is counted. Everything else is what ``AutoTPStrategy`` does. Rank 0 holds the most where a cut is
+uneven.
 
 Fake tensors are said to be on the CPU. What is not the same on a GPU: attention is the CPU's flash kernel, which keeps
 what CUDA's does (query, key, value, output, one number a token and head; transformers gives both the key heads
@@ -19,18 +19,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend
 
-from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.distributed.recording import Collective, RecordingCollectives, recording_mesh
+from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.estimation.job import PRECISIONS, Job
-from lightning_autotp.estimation.tracker import Collective, StepTracker, Work
+from lightning_autotp.estimation.tracker import StepTracker, Work
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.model_sources.full_size import build
@@ -89,9 +88,8 @@ def run_step(job: Job) -> Step:
 
     Raises:
         ValueError: if the model cannot be read, its plan is refused, or its step needs to know the values of tensors.
-        RuntimeError: if this process belongs to a process group already.
     """
-    with _pretended_ranks(job.tp), FakeTensorMode(), _unseen_values():
+    with FakeTensorMode(), _unseen_values():
         try:
             return _run_step(job)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -107,16 +105,16 @@ def _run_step(job: Job) -> Step:
     plan = make_plan(model, job.config, job.tp)
     if job.sequence_parallel and job.tp > 1:
         plan = parallel_sequence(model, plan)
-    mesh = build_mesh(job.tp, job.config.tensor_parallel)
+    mesh, recorder = recording_mesh(silent_mesh(job.tp))
     apply_plan(model, plan, mesh, torch.device("cpu"), overlap=job.config.tp_overlap_comm)
     set_loss_parallel(model, plan, job.loss_parallel)
-    tracker = _tracked(model, batch, job)
+    tracker = _tracked(model, batch, job, recorder)
     tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
-    found = (tracker.forward, tracker.kept, tracker.backward, tracker.work, tracker.collectives)
+    found = (tracker.forward, tracker.kept, tracker.backward, tracker.work, recorder.counts)
     return Step(_held(model, plan), tokens, *found)
 
 
-def _tracked(model: nn.Module, batch: dict[str, Any], job: Job) -> StepTracker:
+def _tracked(model: nn.Module, batch: dict[str, Any], job: Job, recorder: RecordingCollectives) -> StepTracker:
     """A step as it is once column linears have learned which of them share an input."""
     found = sharded(model)
     assert found is not None
@@ -125,6 +123,7 @@ def _tracked(model: nn.Module, batch: dict[str, Any], job: Job) -> StepTracker:
     _, autocast = PRECISIONS[job.precision]
     learned = False
     while not learned:
+        recorder.counts.clear()
         with StepTracker(model, known) as tracker:
             with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 loss = loss_of(model(**batch))
@@ -151,20 +150,6 @@ def _held(model: nn.Module, plan: ShardingPlan) -> Held:
         max(blocks.values(), default=0),
         outside,
     )
-
-
-@contextmanager
-def _pretended_ranks(count: int) -> Iterator[None]:
-    if dist.is_initialized():
-        raise RuntimeError(
-            "estimate: this process belongs to a process group, and an estimate pretends to have one of its own; call"
-            " it in another process."
-        )
-    dist.init_process_group("fake", rank=0, world_size=count, store=dist.HashStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a step allocates, computes and sends, seen op by op.
+"""What a step allocates and computes, seen op by op.
 
 Works on real and on fake tensors alike: it looks at the storages that ops make and at when these are freed.
 """
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -19,15 +18,7 @@ from torch.utils.flop_counter import flop_registry
 _ROUNDED_TO = 512
 """Bytes: what torch's CUDA allocator rounds every tensor up to."""
 
-_aten, _c10d = torch.ops.aten, torch.ops.c10d
-
-_COLLECTIVES = {
-    _c10d.allreduce_: ("all-reduce", 1),
-    _c10d._allgather_base_: ("all-gather", 2),
-    _c10d._reduce_scatter_base_: ("reduce-scatter", 2),
-    _c10d.broadcast_: ("broadcast", 1),
-}
-"""Ops that communicate: the name for people, and which argument is the group."""
+_aten = torch.ops.aten
 
 _MATMULS = {
     **dict.fromkeys(("aten.mm", "aten.bmm", "aten._grouped_mm", "transformers.grouped_mm_fallback"), 0),
@@ -56,16 +47,8 @@ class Work(NamedTuple):
     fp32: bool
 
 
-class Collective(NamedTuple):
-    """A collective: ``all-reduce`` or the like, over how many ranks, and the bytes of its full tensor on a rank."""
-
-    kind: str
-    ranks: int
-    size: int
-
-
 class StepTracker(TorchDispatchMode):
-    """Inside, counts what ops allocate besides ``known``, what they compute, and collectives.
+    """Inside, counts what ops allocate besides ``known``, and what they compute.
 
     Args:
         model: its gradients are told from other memory as they arrive.
@@ -75,8 +58,7 @@ class StepTracker(TorchDispatchMode):
         forward: bytes, the most that was alive in the forward pass.
         kept: bytes that were alive at its end, for the backward pass.
         backward: by bytes of gradients there, the most bytes besides them that were alive.
-        work: how often each kind of op ran, outside collectives.
-        collectives: how often each collective ran.
+        work: how often each kind of op ran.
     """
 
     def __init__(self, model: nn.Module, known: Iterable[Tensor]) -> None:
@@ -84,7 +66,6 @@ class StepTracker(TorchDispatchMode):
         self.forward = self.kept = 0
         self.backward: dict[int, int] = {}
         self.work: Counter[Work] = Counter()
-        self.collectives: Counter[Collective] = Counter()
         self._model = model
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._others: dict[int, int] = {}
@@ -120,9 +101,7 @@ class StepTracker(TorchDispatchMode):
         if outputs:
             made = [self._allocated(tensor) for tensor in outputs]
             packet = func.overloadpacket
-            if packet in _COLLECTIVES:
-                self._communicates(packet, args)
-            elif (any(made) or func._schema.is_mutable) and packet not in _UNWRITTEN:
+            if (any(made) or func._schema.is_mutable) and packet not in _UNWRITTEN:
                 self.work[_work(packet, args, kwargs, output, outputs)] += 1
         return output
 
@@ -157,11 +136,6 @@ class StepTracker(TorchDispatchMode):
             self.backward[gradients] = max(self._alive, self.backward.get(gradients, 0))
         else:
             self.forward = max(self.forward, self._alive)
-
-    def _communicates(self, packet: Any, args: tuple[Any, ...]) -> None:
-        kind, group = _COLLECTIVES[packet]
-        size = max(_bytes(leaf) for leaf in tree_iter(args) if isinstance(leaf, Tensor))
-        self.collectives[Collective(kind, ProcessGroup.unbox(args[group]).size(), size)] += 1
 
 
 def _work(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, outputs: list[Tensor]) -> Work:

@@ -11,7 +11,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from lightning_autotp.distributed.functions import all_gather_rows
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.kernels.dispatch import kernels_of
@@ -79,7 +78,7 @@ def token_losses(
     kernels = kernels_of("cross_entropy", logits)
     statistics = kernels.statistics if kernels else _statistics
     mine = statistics(logits, here, local, with_sum=smoothing > 0)
-    everyones = mine[None] if mesh is None else all_gather_rows(mine, mesh).view(mesh.tp_size, *mine.shape)
+    everyones = mine[None] if mesh is None else mesh.collectives.all_gather(mine).view(mesh.tp_size, *mine.shape)
     largest, sums, targets = everyones[:, 0], everyones[:, 1], everyones[:, 2]
     top = largest.amax(0)
     # of shifted logits x - top, whose exponentials do not overflow: (1 - e) + e = 1, so that the shift cancels

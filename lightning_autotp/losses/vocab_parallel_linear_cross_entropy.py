@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from lightning_autotp.distributed.functions import all_reduced
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.losses.vocab_parallel_cross_entropy import Terms, Vocabulary, logits_gradient, token_losses
@@ -32,7 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     With ``g [T, V_r]`` the gradient of the logits, of which a run of tokens is there at a time, it keeps ``gx = g w``,
     partial on each rank, ``gw = g^T x`` and ``gb = sum g``, each only where it is needed; the last two are added up in
-    fp32 (of fp64: in fp64). Backward: these times the factor that comes; ``gx`` is all-reduced over ``group``, once,
+    fp32 (of fp64: in fp64). Backward: these times the factor that comes; with ``reduces`` ``gx`` is all-reduced, once,
     with ``overlap`` while the others are computed.
     """
 
@@ -46,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary: Vocabulary,
         terms: Terms,
         mesh: Optional[Mesh],
-        group: Optional[ProcessGroup],
+        reduces: bool,
         overlap: bool,
         dtype: torch.dtype,
         recording: bool,
@@ -77,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ranks = 1 if mesh is None else mesh.tp_size
         losses = torch.cat([loss(rows) for rows in _runs(x.shape[0], -(-vocabulary.size // ranks))])
         ctx.save_for_backward(of_x, of_weight, of_bias)
-        ctx.group, ctx.overlap = group, overlap
+        ctx.mesh, ctx.overlap = mesh if reduces else None, overlap
         ctx.dtypes = [None if p is None else p.dtype for p in (x, weight, bias)]
         return losses.sum()
 
@@ -86,19 +83,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Optional[Tensor], ...]:
         of_x, of_weight, of_bias = ctx.saved_tensors
         factor = grads[0]
-        gx, gw, gb, work = None, None, None, None
+        gx, gw, gb, reduced = None, None, None, None
         if of_x is not None:
             gx = _times(of_x, factor, of_x.dtype)
-            if ctx.group is not None and ctx.overlap:
-                work = dist.all_reduce(gx, group=ctx.group, async_op=True)
-            elif ctx.group is not None:
-                gx = all_reduced(gx, ctx.group)
+            if ctx.mesh is not None and ctx.overlap:
+                reduced = ctx.mesh.collectives.start_all_reduce(gx)
+            elif ctx.mesh is not None:
+                gx = ctx.mesh.collectives.all_reduce(gx)
         if of_weight is not None:
             gw = _times(of_weight, factor, ctx.dtypes[1])
         if of_bias is not None:
             gb = _times(of_bias, factor, ctx.dtypes[2])
-        if work is not None:
-            work.wait()
+        if reduced is not None:
+            gx = reduced()
         return None if gx is None else gx.to(ctx.dtypes[0]), gw, gb, *[None] * 8
 
 
@@ -163,9 +160,8 @@ def vocab_parallel_linear_cross_entropy(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which it leaves alone
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    group = mesh.tp_group if mesh is not None and reduces else None
     recording = torch.is_grad_enabled()
     total: Tensor = _LinearCrossEntropy.apply(
-        x, weight, bias, target, vocabulary, terms, mesh, group, overlap, dtype, recording
+        x, weight, bias, target, vocabulary, terms, mesh, reduces, overlap, dtype, recording
     )
     return total

@@ -150,8 +150,8 @@ class ColumnGroup:
         members = [self.members[other] for other in places]
         x, weights, biases = self._cast(x, members)
         first = members[0]
-        group = first.mesh.tp_group if first.reduces else None
-        outputs = ColumnLinears.apply(x, columns, group, first.overlap, len(members), *weights, *biases)
+        mesh = first.mesh if first.reduces else None
+        outputs = ColumnLinears.apply(x, columns, mesh, first.overlap, len(members), *weights, *biases)
         return dict(zip(places, outputs))
 
 

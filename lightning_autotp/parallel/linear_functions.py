@@ -1,15 +1,14 @@
 """Autograd functions of column and row parallel linears, on plain local tensors."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from lightning_autotp.distributed.functions import all_reduced
+from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences
 
@@ -24,7 +23,7 @@ class WaitingResults(Protocol):
 class ColumnLinears(torch.autograd.Function):
     """Linears that read one input: ``y_i = x w_i^T + b_i``, with ``x [..., K]`` whole and ``w_i [N_i, K]`` parts.
 
-    Backward: ``gx = sum_i gy_i w_i`` is partial on each rank and is all-reduced, once for all of them (without a group
+    Backward: ``gx = sum_i gy_i w_i`` is partial on each rank and is all-reduced, once for all of them (without a mesh
     it stays partial: what gathered ``x`` sums it); ``gw_i = gy_i^T x`` and ``gb_i`` are this rank's own. With
     ``overlap`` the all-reduce runs while they are computed.
     """
@@ -34,7 +33,7 @@ class ColumnLinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         columns: Optional[WaitingResults],
-        group: Optional[ProcessGroup],
+        mesh: Optional[Mesh],
         overlap: bool,
         count: int,
         *params: Optional[Tensor],
@@ -42,7 +41,7 @@ class ColumnLinears(torch.autograd.Function):
         weights, biases = params[:count], params[count:]
         trains = any(ctx.needs_input_grad[5 : 5 + count])
         ctx.save_for_backward(x if trains else None, *weights)
-        ctx.columns, ctx.group, ctx.overlap = columns, group, overlap
+        ctx.columns, ctx.mesh, ctx.overlap = columns, mesh, overlap
         ctx.set_materialize_grads(False)
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases))  # type: ignore[arg-type]
 
@@ -54,19 +53,17 @@ class ColumnLinears(torch.autograd.Function):
             ctx.columns.forget()  # results that still wait hang on the graph that goes now
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
         shape = next(g.shape for g in grads if g is not None)[:-1]
-        work, gx = None, None
+        reduced: Callable[[], Optional[Tensor]] = _nothing
         if ctx.needs_input_grad[0]:
             gx = _input_gradient(flat, weights).view(*shape, weights[0].shape[1])
-            if ctx.group is None:
-                pass
-            elif ctx.overlap and not torch.compiler.is_compiling():
-                work = dist.all_reduce(gx, group=ctx.group, async_op=True)
+            if ctx.mesh is None:
+                reduced = partial(_given, gx)
+            elif ctx.overlap:
+                reduced = ctx.mesh.collectives.start_all_reduce(gx)
             else:
-                gx = all_reduced(gx, ctx.group)
+                reduced = partial(_given, ctx.mesh.collectives.all_reduce(gx))
         of_parameters = _parameter_gradients(flat, None if x is None else x.flatten(0, -2), ctx.needs_input_grad[5:])
-        if work is not None:
-            work.wait()
-        return gx, None, None, None, None, *of_parameters
+        return reduced(), None, None, None, None, *of_parameters
 
 
 class GatherColumns(torch.autograd.Function):
@@ -121,6 +118,10 @@ class GatherColumns(torch.autograd.Function):
 
 def _nothing() -> None:
     return None
+
+
+def _given(x: Tensor) -> Tensor:
+    return x
 
 
 def _parameter_gradients(

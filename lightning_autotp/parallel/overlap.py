@@ -10,19 +10,14 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-import torch.distributed as dist
-import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem
 import torch.nn.functional as F
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional
 
-from lightning_autotp.distributed.functions import all_gather_rows
 from lightning_autotp.distributed.mesh import Mesh
 
 SIZES = (8192, 16384, 32768)
@@ -33,8 +28,6 @@ For fewer a fused form saves less than its many launches cost the host, which a 
 
 _GAIN = 0.97
 """A fused form is used if it takes at most this share of the other's time: less is within the noise."""
-
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # renamed as all-gather's was
 
 
 def form_of(kind: str, inputs: int, outputs: Sequence[int]) -> str:
@@ -67,11 +60,6 @@ class Overlap:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Overlap":
         return self
 
-    @property
-    def group_name(self) -> str:
-        """What torch's operators call the tensor parallel group."""
-        return self.mesh.tp_group.group_name
-
     def fuses(self, form: str, x: Tensor, tokens: int) -> bool:
         """Whether ``form`` runs fused on ``x`` for this many tokens of all ranks; alike on every rank."""
         size = self.fused_from.get(form)
@@ -82,17 +70,15 @@ class Overlap:
     ) -> tuple[Tensor, list[Tensor]]:
         """All tokens ``[T, K]`` of every rank's ``[T_r, K]``, and ``x w_i^T + b_i``, ``[T, N_i]``. No autograd."""
         if weights and self.fuses(form, x, x.shape[0] * self.mesh.tp_size):
-            transposed = [w.t() for w in weights]
-            full, products = torch.ops.symm_mem.fused_all_gather_matmul(x.contiguous(), transposed, 0, self.group_name)
+            full, products = self.mesh.collectives.all_gather_matmul(x, weights)
             return full, [y if b is None else y.add_(b) for y, b in zip(products, biases)]
-        full = all_gather_rows(x.contiguous(), self.mesh)
+        full = self.mesh.collectives.all_gather(x.contiguous())
         return full, [F.linear(full, w, b) for w, b in zip(weights, biases)]
 
     def matmul_scatter(self, x: Tensor, weight: Tensor, form: str) -> Tensor:
         """This rank's tokens ``[T_r, N]`` of the sum over the ranks of ``x w^T``, ``x [T, K_r]``. No autograd."""
         if self.fuses(form, x, x.shape[0]):
-            scattered: Tensor = torch.ops.symm_mem.fused_matmul_reduce_scatter(x, weight.t(), "sum", 0, self.group_name)
-            return scattered
+            return self.mesh.collectives.matmul_reduce_scatter(x, weight)
         return self.scatter(F.linear(x, weight))()
 
     def scatter(self, x: Tensor) -> Callable[[], Tensor]:
@@ -100,18 +86,10 @@ class Overlap:
 
         Without overlap it is done before this returns. ``x`` must not change before the wait. No autograd.
         """
-        x = x.contiguous()
-        if torch.compiler.is_compiling():
-            return partial(functional.wait_tensor, functional.reduce_scatter_tensor(x, "sum", 0, self.mesh.tp_group))
-        part = x.new_empty(x.shape[0] // self.mesh.tp_size, *x.shape[1:])
-        work = _reduce_scatter(part, x, group=self.mesh.tp_group, async_op=self.on)
-
-        def wait() -> Tensor:
-            if work is not None:
-                work.wait()
-            return part
-
-        return wait
+        if self.on or torch.compiler.is_compiling():
+            return self.mesh.collectives.start_reduce_scatter(x.contiguous())
+        part = self.mesh.collectives.reduce_scatter(x.contiguous())
+        return lambda: part
 
     def measure(self, autocast: Optional[torch.dtype] = None) -> None:
         """Find out which forms to run fused, under autocast or in the weights' dtype; every process must call it.
@@ -121,14 +99,14 @@ class Overlap:
         """
         self.fused_from = {}
         dtypes = {autocast or weight.dtype for weights in self.weights.values() for weight in weights()}
-        if not self.on or not dtypes or dtypes - {torch.bfloat16, torch.float16} or not _everywhere(_shares(self.mesh)):
+        if not self.on or not dtypes or dtypes - {torch.bfloat16, torch.float16} or not self._everywhere_shared():
             return
         # multicast can take the GPUs of a whole host down, and nothing here needs it
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
         path, machine = _cache(), _machine(self.mesh)
-        handed: list[Any] = [_read(path).get(machine, {}) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(handed, src=0)
-        known: dict[str, dict[str, list[float]]] = handed[0]
+        collectives = self.mesh.collectives
+        mine = _read(path).get(machine, {}) if collectives.world_rank == 0 else None
+        known: dict[str, dict[str, list[float]]] = collectives.broadcast_object(mine, "world")
         try:
             new = {form: self._times(form, autocast) for form in self.weights if form not in known}
         except torch.OutOfMemoryError:  # of this rank alone
@@ -137,10 +115,13 @@ class Overlap:
             self.fused_from = {}
             rank_zero_warn(f"symmetric memory cannot be used here, NCCL is instead: {error}")
             return
-        if new and dist.get_rank() == 0:
+        if new and collectives.world_rank == 0:
             _write(path, machine, new)
         found = {form: _fastest_from((known | new)[form]) for form in self.weights}
         self.fused_from = {form: size for form, size in found.items() if size is not None}
+
+    def _everywhere_shared(self) -> bool:
+        return all(self.mesh.collectives.gather_objects(_shares(self.mesh), "world"))
 
     @torch.no_grad()
     def _times(self, form: str, dtype: Optional[torch.dtype]) -> dict[str, list[float]]:
@@ -158,7 +139,7 @@ class Overlap:
                 self.fused_from = {} if first is None else {form: first}
                 times[way].append(_milliseconds(lambda x=x: self._run(form, x, weights), x.device))  # type: ignore[misc]
         slowest = torch.tensor([times["nccl"], times["fused"]], dtype=torch.float64, device=weights[0].device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        slowest = self.mesh.collectives.all_reduce(slowest, "world", op="max")
         return dict(zip(times, slowest.tolist()))
 
     def _run(self, form: str, x: Tensor, weights: list[Tensor]) -> Any:
@@ -201,22 +182,15 @@ def _fastest_from(times: dict[str, list[float]]) -> Optional[int]:
 
 def _shares(mesh: Mesh) -> bool:
     """Whether the GPUs of this process's tensor parallel group can reach each other's memory."""
-    if not torch.cuda.is_available() or "nccl" not in str(dist.get_backend(mesh.tp_group)):
+    if not torch.cuda.is_available() or not mesh.collectives.sends_between_gpus:
         return False
-    everyones: list[Any] = [None] * mesh.tp_size
     device = torch.cuda.current_device()
-    dist.all_gather_object(everyones, (socket.gethostname(), device), group=mesh.tp_group)
+    everyones = mesh.collectives.gather_objects((socket.gethostname(), device))
     if len({host for host, _ in everyones}) > 1 or len({place for _, place in everyones}) < mesh.tp_size:
         return False
     if any(place >= torch.cuda.device_count() for _, place in everyones):
         return False
     return all(torch.cuda.can_device_access_peer(device, place) for _, place in everyones if place != device)
-
-
-def _everywhere(mine: bool) -> bool:
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    return all(everyones)
 
 
 def _machine(mesh: Mesh) -> str:

@@ -18,7 +18,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_autotp.distributed.functions import all_gather_rows
 from lightning_autotp.distributed.mesh import Mesh
 
 _MARK = "_autotp_shared"
@@ -103,7 +102,7 @@ class SavedActivations:
 
     def _unpack(self, kept: Union[_Part, _Whole]) -> Tensor:
         if isinstance(kept, _Part):
-            return all_gather_rows(kept.part, self.mesh)[: kept.shape.numel()].view(kept.shape)
+            return self.mesh.collectives.all_gather(kept.part)[: kept.shape.numel()].view(kept.shape)
         if kept.tensor._version != kept.version:
             raise RuntimeError(
                 f"a tensor {list(kept.tensor.shape)} that the backward pass needs was changed in place after the"

@@ -10,7 +10,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.distributed.functions import all_gather_rows
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences
@@ -173,7 +172,7 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, overlap: Overlap, reduce: bool, length: int, rows: Optional[int]) -> Tensor:
-        full = all_gather_rows(x[0].contiguous(), overlap.mesh)
+        full = overlap.mesh.collectives.all_gather(x[0].contiguous())
         ctx.overlap, ctx.reduce, ctx.padding = overlap, reduce, full.shape[0] % length
         return as_sequences(full, length, rows)
 
@@ -198,7 +197,7 @@ class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        full = all_gather_rows(grads[0][0].contiguous(), ctx.mesh)
+        full = ctx.mesh.collectives.all_gather(grads[0][0].contiguous())
         return full[: ctx.shape[:-1].numel()].view(ctx.shape), None
 
 

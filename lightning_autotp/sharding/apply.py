@@ -8,7 +8,7 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.distributed.mesh import Mesh, Subgroups
+from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.introspection.forward_source import changes_in_place
 from lightning_autotp.introspection.layers import is_conv1d
 from lightning_autotp.parallel.column_group import ColumnGroup, ColumnMember
@@ -58,8 +58,8 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
         by_region = _columns_of_regions(plan, columns, beside)
         batch = apply_sequence(model, plan.sequence, by_region, beside, whole_routing=bool(plan.boundaries))
     _keep_off_fast_paths(model)
-    subgroups = Subgroups.of(_owners(plan, mesh), mesh)
-    setattr(model, SHARDED, Sharded(plan, mesh, columns, subgroups, batch, beside))
+    mesh.collectives.add_groups(_owners(plan, mesh))
+    setattr(model, SHARDED, Sharded(plan, mesh, columns, batch, beside))
 
 
 def _owners(plan: ShardingPlan, mesh: Mesh) -> set[tuple[int, ...]]:

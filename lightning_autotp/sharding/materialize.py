@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_autotp.distributed.mesh import Mesh
@@ -27,18 +26,18 @@ def load_parts(model: nn.Module, layouts: dict[str, Layout], mesh: Mesh, device:
             if not waiting[id(original)]:  # a tied parameter is initialized by each of its modules, then cut once
                 _cut(module._parameters[name], by_id[id(original)], mesh, device)  # type: ignore[arg-type]
         for name, buffer in _buffers(module).items():
-            module._buffers[name] = _from_rank_zero(buffer, device)
+            module._buffers[name] = _from_rank_zero(buffer, mesh, device)
 
 
 def _cut(parameter: nn.Parameter, layout: Layout, mesh: Mesh, device: torch.device) -> None:
     parameter.grad = None
-    parameter.data = layout.shard(_from_rank_zero(parameter.data, device), mesh.tp_rank)
+    parameter.data = layout.shard(_from_rank_zero(parameter.data, mesh, device), mesh.tp_rank)
 
 
-def _from_rank_zero(tensor: Tensor, device: torch.device) -> Tensor:
+def _from_rank_zero(tensor: Tensor, mesh: Mesh, device: torch.device) -> Tensor:
     tensor = tensor.to(device).contiguous()
-    if dist.get_world_size() > 1 and tensor.numel():
-        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)  # bytes: backends know few dtypes
+    if mesh.tp_size * mesh.dp_size > 1 and tensor.numel():
+        mesh.collectives.broadcast(tensor.view(-1).view(torch.uint8))  # bytes: backends know few dtypes
     return tensor
 
 

@@ -5,7 +5,7 @@ from typing import Optional
 
 from torch import nn
 
-from lightning_autotp.distributed.mesh import Mesh, Subgroups
+from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.parallel.column_group import ColumnGroup
 from lightning_autotp.parallel.overlap import Overlap
 from lightning_autotp.parallel.sequence_parallel import Batch
@@ -21,7 +21,6 @@ class Sharded:
     plan: ShardingPlan
     mesh: Mesh
     columns: tuple[ColumnGroup, ...]
-    subgroups: Subgroups
     batch: Batch
     overlap: Overlap
 

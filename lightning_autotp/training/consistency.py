@@ -8,13 +8,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_autotp.distributed.collectives import Over
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.training.gradients import TPGradients
@@ -79,13 +79,13 @@ class FirstLook:
     def batch(self, batch: Any, loader: object) -> None:
         """Compare the first batch of each ``loader``, bit for bit."""
         if self._first(("batch", loader)):
-            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA, group=self.mesh.tp_group)
+            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA, over="tp")
 
     def shared(self, name: str, tensor: Tensor) -> None:
         """Compare what each rank is to keep a part of, bit for bit, once for each ``name``; though others are off."""
         if name not in self._seen:
             self._seen.add(name)
-            require_agreement(digests(tensor, name, exact=True), self.mesh, _SAME_SAVED, group=self.mesh.tp_group)
+            require_agreement(digests(tensor, name, exact=True), self.mesh, _SAME_SAVED, over="tp")
 
     def loss(self, output: Any) -> None:
         """Note what a training step returns, until :meth:`gradients` compares it."""
@@ -139,8 +139,7 @@ class FirstLook:
 
     def _refuse_complete(self, gradients: TPGradients) -> None:
         mine = digests(gradients.incomplete(), "", exact=True)
-        everyones: list[Any] = [None] * self.mesh.tp_size
-        dist.all_gather_object(everyones, mine, group=self.mesh.tp_group)
+        everyones = self.mesh.collectives.gather_objects(mine)
         alike = [name for name in mine if all(theirs.get(name) == mine[name] for theirs in everyones)]
         wrong = [name for name, grad in gradients.incomplete().items() if f"[{name!r}]" in alike and grad.any()]
         if wrong:
@@ -181,29 +180,27 @@ def require_alike(checkpoint: Mapping[str, Any], layouts: Iterable[Layout], mesh
     require_agreement(found, mesh, _SAME_STATE)
 
 
-def require_agreement(
-    values: Mapping[str, Digest], mesh: Mesh, fix: str, group: Optional[dist.ProcessGroup] = None
-) -> None:
-    """Compare ``values`` inside every tensor parallel group; every process of ``group`` must call it.
+def require_agreement(values: Mapping[str, Digest], mesh: Mesh, fix: str, over: Over = "world") -> None:
+    """Compare ``values`` among ranks that share a model; every rank of ``over`` must call it.
 
     Raises:
-        DisagreementError: on all processes of ``group`` (default: all) alike, with the names of what differs and
-            ``fix``.
+        DisagreementError: on all ranks of ``over`` alike, with the names of what differs and ``fix``.
     """
-    found = disagreements(values, mesh, group)
+    found = disagreements(values, mesh, over)
     if found:
         raise DisagreementError(f"tensor parallel ranks disagree on {_shown(found)}. {fix}")
 
 
-def disagreements(values: Mapping[str, Digest], mesh: Mesh, group: Optional[dist.ProcessGroup] = None) -> list[str]:
-    """What of ``values`` differs inside any tensor parallel group of ``group``, alike on all its processes."""
-    everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, (dist.get_rank(), mesh.tp_source, mesh.tp_rank, dict(values)), group=group)
-    reference = {source: theirs for _, source, tp_rank, theirs in everyones if tp_rank == 0}
+def disagreements(values: Mapping[str, Digest], mesh: Mesh, over: Over = "world") -> list[str]:
+    """What of ``values`` differs among any ranks of ``over`` that share a model, alike on all of them."""
+    mine = mesh.collectives.world_rank, mesh.dp_rank, mesh.tp_rank, dict(values)
+    everyones = mesh.collectives.gather_objects(mine, over)
+    reference = {dp_rank: (rank, theirs) for rank, dp_rank, tp_rank, theirs in everyones if tp_rank == 0}
     wrong: dict[str, str] = {}
-    for rank, source, _, theirs in everyones:
-        for name in [*reference[source], *(n for n in theirs if n not in reference[source])]:
-            difference = _difference(reference[source].get(name), theirs.get(name))
+    for rank, dp_rank, _, theirs in everyones:
+        source, wanted = reference[dp_rank]
+        for name in [*wanted, *(n for n in theirs if n not in wanted)]:
+            difference = _difference(wanted.get(name), theirs.get(name))
             if difference:
                 wrong.setdefault(name, f"{name} ({difference} between ranks {source} and {rank})")
     return list(wrong.values())

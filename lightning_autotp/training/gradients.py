@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
@@ -47,7 +46,6 @@ class TPGradients:
 
     def __init__(self, model: nn.Module, sharded: Sharded, *, compiled: bool = False) -> None:
         self.mesh = sharded.mesh
-        self.groups = sharded.subgroups.groups
         entries = sharded.plan.parameters
         self.layouts: dict[nn.Parameter, Layout] = {}
         self.partial: dict[nn.Parameter, list[Partial]] = {}
@@ -100,7 +98,7 @@ class TPGradients:
         for owners, dtype in sorted(waiting, key=str):
             grads = waiting[(owners, dtype)]
             flat = torch.cat([g.reshape(-1) for g in grads]).to(dtype)
-            dist.all_reduce(flat, group=self.groups[owners])
+            flat = self.mesh.collectives.all_reduce(flat, owners)
             flat /= len(owners)
             parts = flat.split([g.numel() for g in grads])
             torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
@@ -129,7 +127,7 @@ class TPGradients:
         whole = [(p.grad, 1) for p in with_grad if p.grad is not None and self._is_whole(p)]
         device = next(iter(self.layouts)).device
         squares = _sum_of_squares(cut, device)
-        dist.all_reduce(squares, group=self.mesh.tp_group)
+        squares = self.mesh.collectives.all_reduce(squares)
         return (squares + _sum_of_squares(whole, device)).sqrt()
 
     def _pieces(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, int]]:

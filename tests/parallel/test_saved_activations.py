@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
-from lightning_autotp.distributed import functions as collectives
+from lightning_autotp.distributed.live import LiveCollectives
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.parallel.saved_activations import SavedActivations
@@ -195,14 +195,14 @@ def measured(
     monkeypatch: pytest.MonkeyPatch, factory: Callable[..., Any], on: bool, tp_size: int, **options: Any
 ) -> Measured:
     model = Measured(batches_for(128, steps=1), factory, **options)
-    original = collectives.all_gather
+    original = LiveCollectives.all_gather
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         model.gathers[model.direction] += 1
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(collectives, "all_gather", counted)
+        patched.setattr(LiveCollectives, "all_gather", counted)
         strategy = strategy_for(factory, on, tp_size)
         quiet_trainer(strategy=strategy, use_distributed_sampler=False).fit(model)
     return model
@@ -248,14 +248,14 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def counted_gathers(monkeypatch: pytest.MonkeyPatch, size: int) -> Iterator[list[int]]:
     """The sizes of all-gathers of ``size`` elements on each rank."""
-    original, seen = collectives.all_gather, []
+    original, seen = LiveCollectives.all_gather, []
 
-    def counted(output: Tensor, part: Tensor, **kwargs: Any) -> Any:
+    def counted(self: LiveCollectives, part: Tensor, *args: Any) -> Any:
         seen.extend([part.numel()] if part.numel() == size else [])
-        return original(output, part, **kwargs)
+        return original(self, part, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(collectives, "all_gather", counted)
+        patched.setattr(LiveCollectives, "all_gather", counted)
         yield seen
 
 

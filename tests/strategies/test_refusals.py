@@ -16,7 +16,6 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.distributed.mesh import Subgroups
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.training.consistency import DisagreementError
 from tests.helpers.closeness import assert_close
@@ -190,9 +189,16 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(directory: bool, tmp_path: P
 def test_the_groups_have_the_timeout_that_was_asked_for() -> None:
     plugin = strategy(2, timeout=timedelta(seconds=33))
     trainer(plugin).fit(Regressor())
-    later = Subgroups.of({(0,), (0, 1)}, plugin.mesh).groups
-    assert set(later) == ({(0,), (0, 1)} if dist.get_rank() == 0 else {(0, 1)})
-    for group in (plugin.mesh.tp_group, plugin.mesh.dp_group, *later.values()):
+    collectives = plugin.mesh.collectives
+    collectives.add_groups({(0,), (0, 1)})
+    if dist.get_rank() == 0:
+        later = [collectives.process_group((0,))]
+    else:
+        later = []
+        with pytest.raises(RuntimeError, match=r"this rank is in no process group of the tensor parallel ranks \(0,\)"):
+            collectives.process_group((0,))
+    assert collectives.process_group((0, 1)) is plugin.mesh.tp_group
+    for group in (plugin.mesh.tp_group, plugin.mesh.dp_group, *later):
         assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=33)
 
 
