@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from lightning_autotp.compat import make_wrapper_subclass
 from lightning_autotp.layout.layout import Layout
 
 
@@ -22,9 +23,7 @@ class ShardedView(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, layout: Layout, rank: int) -> "ShardedView":
-        view: ShardedView = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(layout.shape), dtype=local.dtype, device=local.device
-        )
+        view: ShardedView = make_wrapper_subclass(cls, torch.Size(layout.shape), dtype=local.dtype, device=local.device)
         boxes = layout.boxes(rank)
         view.pieces = [(torch.Size(box.offset), part) for box, part in zip(boxes, layout.split(local, rank))]
         return view

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import torch.distributed as dist
 
+from lightning_autotp.compat import nccl_options
 from lightning_autotp.config.training_config import TPConfig
 from lightning_autotp.distributed.collectives import Collectives
 from lightning_autotp.distributed.live import LiveCollectives
@@ -83,10 +84,7 @@ def _in_front(timeout: Optional[timedelta]) -> Any:
     """
     if not dist.is_nccl_available() or dist.get_backend() != "nccl":
         return None
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if timeout is not None:
-        options._timeout = timeout
-    return options
+    return nccl_options(timeout)
 
 
 def _from_mpu(mpu: Any, tp_size: int, timeout: Optional[timedelta]) -> Mesh:

@@ -11,21 +11,20 @@ unrepeated) but needs less while it works; autocast has other lists of ops there
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
+
+from lightning_autotp.compat import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    hide_values_from_transformers,
 )
-
 from lightning_autotp.distributed.recording import Collective, RecordingCollectives, recording_mesh
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.estimation.job import PRECISIONS, Job
@@ -89,7 +88,7 @@ def run_step(job: Job) -> Step:
     Raises:
         ValueError: if the model cannot be read, its plan is refused, or its step needs to know the values of tensors.
     """
-    with FakeTensorMode(), _unseen_values():
+    with FakeTensorMode(), hide_values_from_transformers():
         try:
             return _run_step(job)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -150,23 +149,3 @@ def _held(model: nn.Module, plan: ShardingPlan) -> Held:
         max(blocks.values(), default=0),
         outside,
     )
-
-
-@contextmanager
-def _unseen_values() -> Iterator[None]:
-    """Where transformers looks at values, or for what only a GPU's or a CPU's real tensors can do.
-
-    It looks in the positions for packed sequences, and takes an attention mask where it cannot see them; the fake form
-    of the grouped product of experts knows bf16 only, for other dtypes there is transformers' own.
-    """
-    try:
-        from transformers import masking_utils
-        from transformers.integrations import moe
-    except ImportError:
-        yield
-        return
-    with (
-        mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
-        mock.patch.object(moe, "_can_use_grouped_mm", lambda x, weight, offs: weight.dtype == torch.bfloat16),
-    ):
-        yield

@@ -11,9 +11,14 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+
+from lightning_autotp.compat import (
+    CPU_FLASH_ATTENTION,
+    CPU_FLASH_ATTENTION_BACKWARD,
+    TorchDispatchMode,
+    flop_registry,
+    tree_iter,
+)
 
 _ROUNDED_TO = 512
 """Bytes: what torch's CUDA allocator rounds every tensor up to."""
@@ -27,8 +32,8 @@ _MATMULS = {
 """Matrix products by name (transformers' own is registered as it is first used): which argument is the first matrix."""
 
 _ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: (0, 4, 1.0),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 7, 2.5),
+    CPU_FLASH_ATTENTION: (0, 4, 1.0),
+    CPU_FLASH_ATTENTION_BACKWARD: (1, 7, 2.5),
 }
 """Attention kernels: which arguments are the query (key and value follow) and ``is_causal``, and how many times the
 forward pass's operations they do (backward: five products instead of two)."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_autotp.compat import has_hooks
 from lightning_autotp.losses.vocab_parallel_cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
 from lightning_autotp.losses.vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from lightning_autotp.parallel.linear import ColumnParallel
@@ -99,7 +100,7 @@ def linear_cross_entropy(
             " before it; use 'sum' or 'mean', or lightning_autotp.cross_entropy with the head's logits."
         )
     _check("hidden", hidden, target, label_smoothing, reduction)
-    reason = other_computation(head) or ("has hooks, which would not run" if _has_hooks(head) else "")
+    reason = other_computation(head) or ("has hooks, which would not run" if has_hooks(head) else "")
     if reason:
         raise ValueError(
             f"head: it {reason}, so that its loss cannot be fused with it; call the head and use"
@@ -115,14 +116,6 @@ def other_computation(head: nn.Module) -> str:
     if type(head).forward not in (nn.Linear.forward, ColumnParallel.forward) or "forward" in vars(head):
         return f"has a forward of its own ({type(head).__name__})"
     return ""
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    forward, backward = (
-        (module._forward_hooks, module._forward_pre_hooks),
-        (module._backward_hooks, module._backward_pre_hooks),
-    )
-    return any(forward + backward)
 
 
 def fused_loss(hidden: Tensor, target: Tensor, head: nn.Linear, terms: Terms, reduction: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from lightning_autotp.compat import assert_async
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.kernels.dispatch import kernels_of
@@ -73,7 +74,7 @@ def token_losses(
     """
     smoothing = terms.label_smoothing
     known = (target == terms.ignore_index) | ((target >= 0) & (target < vocabulary.size))
-    torch._assert_async(known.all(), f"a target is out of range for the {vocabulary.size} logits")
+    assert_async(known.all(), f"a target is out of range for the {vocabulary.size} logits")
     here, local = _place(target, vocabulary)
     kernels = kernels_of("cross_entropy", logits)
     statistics = kernels.statistics if kernels else _statistics

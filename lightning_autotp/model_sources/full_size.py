@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import nn
 
+from lightning_autotp.compat import no_init_weights
 from lightning_autotp.model_sources.factory import from_factory
 from lightning_autotp.model_sources.hf import FEATURES, auto_class, task
 
@@ -87,8 +88,6 @@ def _from_factory(source: str) -> tuple[nn.Module, dict[str, Any]]:
 def _from_config(
     config: "PretrainedConfig", source: str, batch: Optional[int], seq: Optional[int]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    from transformers.initialization import no_init_weights
-
     with no_init_weights():  # some of it looks at what it drew
         try:
             model = auto_class(config).from_config(config, dtype=torch.get_default_dtype())

@@ -1,9 +1,9 @@
 """Vocabulary parallel embedding: an ``nn.Embedding`` whose class was changed in place and whose weight is a part."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_autotp.compat import assert_async
 from lightning_autotp.distributed.functions import gather_output, reduce_output
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
@@ -29,7 +29,7 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's name for it
         # an index that no rank holds would be looked up as zeros; asynchronous on CUDA, as torch's own check is
         known = ((input >= 0) & (input < self.num_embeddings)).all()
-        torch._assert_async(known, f"an index is out of range for the {self.num_embeddings} embeddings")
+        assert_async(known, f"an index is out of range for the {self.num_embeddings} embeddings")
         start, length = self.layout.parts[self.mesh.tp_rank][0]
         local = input - start
         elsewhere = (local < 0) | (local >= length)

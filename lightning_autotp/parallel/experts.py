@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_autotp.compat import grouped_experts_functions, has_hooks
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.kernels.dispatch import kernels_of
 
@@ -21,8 +22,6 @@ _TRAITS = {"experts_class", "experts_interface"}
 
 _TRAITS |= {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
 """How ``use_experts_implementation`` describes experts; a release that has more to say computes them by itself."""
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,15 @@ class GroupedExperts:
         interface = inspect.getclosurevars(kind.forward).nonlocals.get("experts_interface")
         if interface is None:
             return None
-        try:
-            from transformers.integrations import moe
-
-            own = interface is moe.ALL_EXPERTS_FUNCTIONS and interface["grouped_mm"] is moe.grouped_mm_experts_forward
-            linear, gate = moe._grouped_linear, moe._default_apply_gate
-            one_by_one = torch.ops.transformers.grouped_mm_fallback
-            traits = set(inspect.signature(moe.use_experts_implementation).parameters)
-        except (ImportError, AttributeError, KeyError):
+        functions = grouped_experts_functions()
+        if functions is None:
             return None
+        own = interface is functions.interface and interface.get("grouped_mm") is functions.forward
+        traits = set(inspect.signature(functions.decorator).parameters)
         if not own or not traits <= _TRAITS or getattr(experts, "has_post_expert_norm", False):
             return None
-        return GroupedExperts(linear, one_by_one, kind._apply_gate is gate and "_apply_gate" not in vars(experts))
+        own_gate = kind._apply_gate is functions.gate and "_apply_gate" not in vars(experts)
+        return GroupedExperts(functions.linear, functions.one_by_one, own_gate)
 
     def serves(self, experts: Any) -> bool:
         """Whether experts that :meth:`of` knows are computed so now; transformers reads its config in every call."""
@@ -115,7 +111,7 @@ def _is_silu(activation: Any) -> bool:
     """Whether it is torch's or transformers' own, and nobody watches or changes what it does."""
     kind = type(activation)
     known = kind is nn.SiLU or (kind.__module__, kind.__name__) == ("transformers.activations", "SiLUActivation")
-    return known and "forward" not in vars(activation) and not any(getattr(activation, hooks) for hooks in _HOOKS)
+    return known and "forward" not in vars(activation) and not has_hooks(activation)
 
 
 def _is_aligned(weight: Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_autotp.compat import unsafe_view
 from lightning_autotp.distributed.mesh import Mesh
 
 SIZES = (8192, 16384, 32768)
@@ -155,7 +156,7 @@ def as_sequences(tokens: Tensor, length: int, rows: Optional[int] = None) -> Ten
     """
     whole = (tokens.shape[0] // length if rows is None else rows) * length
     tokens = tokens if whole == tokens.shape[0] else tokens[:whole].clone()
-    return torch.ops.aten._unsafe_view(tokens, [-1, length, tokens.shape[1]])
+    return unsafe_view(tokens, [-1, length, tokens.shape[1]])
 
 
 def _milliseconds(work: Callable[[], Any], device: torch.device, count: int = 10) -> float:

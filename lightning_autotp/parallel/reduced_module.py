@@ -3,10 +3,9 @@
 from functools import cache, partial
 from typing import Any, Optional
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lightning_autotp.compat import in_backward, tree_map
 from lightning_autotp.distributed.functions import added_once, copy_input, reduce_output
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.parallel.experts import GroupedExperts
@@ -72,7 +71,7 @@ def _bounded(own: Any, once: tuple[str, ...]) -> Any:
         def read(module: Boundary) -> Any:
             parameter = module._parameters[name]
             # the backward pass reads it where a part of the forward pass was checkpointed
-            computing = module._inside or torch._C._current_graph_task_id() != -1
+            computing = module._inside or in_backward()
             return added_once(parameter, module.mesh) if computing and parameter is not None else parameter
 
         return property(read)

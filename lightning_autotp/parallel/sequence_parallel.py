@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from lightning_autotp.compat import in_backward
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences
@@ -50,7 +51,7 @@ class Batch:
             return first.shape[-2]
         if isinstance(positions, Tensor):
             return positions.shape[-1]
-        if len(self.seen) > 1 and torch._C._current_graph_task_id() != -1:
+        if len(self.seen) > 1 and in_backward():
             raise ValueError(
                 "sequence_parallel: blocks of this model are not told of positions, and with activation checkpointing"
                 f" the batches of one optimizer step must have one length, not {sorted(self.seen)}; pad them."

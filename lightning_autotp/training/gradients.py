@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from lightning_autotp.compat import foreach_copy_, foreach_norm, scaler_settings
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.sharding.state import Sharded
@@ -101,7 +102,7 @@ class TPGradients:
             flat = self.mesh.collectives.all_reduce(flat, owners)
             flat /= len(owners)
             parts = flat.split([g.numel() for g in grads])
-            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+            foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
     def incomplete(self) -> dict[str, Tensor]:
         """The gradients of whole parameters that wait for :meth:`complete`, by name."""
@@ -188,7 +189,7 @@ def _sum_of_squares(grads: list[tuple[Tensor, int]], device: torch.device) -> Te
         of_kind = [(g, n) for g, n in grads if (g.dtype == torch.float64) is double and g.numel()]
         if of_kind:
             dtype = torch.float64 if double else torch.float32
-            squares = torch.stack(torch._foreach_norm([g for g, _ in of_kind], 2, dtype=dtype)).square()
+            squares = torch.stack(foreach_norm([g for g, _ in of_kind], 2, dtype=dtype)).square()
             if any(n > 1 for _, n in of_kind):
                 squares = squares / torch.tensor([n for _, n in of_kind], device=device)
             total = total + squares.sum()
@@ -197,15 +198,9 @@ def _sum_of_squares(grads: list[tuple[Tensor, int]], device: torch.device) -> Te
 
 def shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:
     """A loss scaler with the settings of ``scaler`` that skips a step on all ranks if one of them overflows."""
-    shared = ShardedGradScaler(
-        device=scaler._device,
-        init_scale=scaler._init_scale,
-        growth_factor=scaler.get_growth_factor(),
-        backoff_factor=scaler.get_backoff_factor(),
-        growth_interval=scaler.get_growth_interval(),
-        enabled=scaler.is_enabled(),
-        process_group=mesh.tp_group,
-    )
-    if scaler._scale is not None:
+    settings = scaler_settings(scaler)
+    started = settings.pop("started")
+    shared = ShardedGradScaler(**settings, process_group=mesh.tp_group)
+    if started:
         shared.load_state_dict(scaler.state_dict())
     return shared

@@ -703,6 +703,6 @@ def test_one_rank_has_nothing_to_share() -> None:
 
 
 def test_other_settings_of_the_switch_are_refused() -> None:
-    for wrong in ("true", "fuse", 1, None):
-        with pytest.raises(ValueError, match=r"^loss_parallel: .* is none of True, False and 'fused'"):
+    for wrong in ("true", "fuse", 1):
+        with pytest.raises(ValueError, match=r"loss_parallel: .* is none of True, False and 'fused'"):
             AutoTPStrategy(autotp_size=2, loss_parallel=wrong)  # type: ignore[arg-type]
