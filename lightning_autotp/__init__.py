@@ -2,9 +2,9 @@
 
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.losses.functional import cross_entropy, linear_cross_entropy
-from lightning_autotp.planning.planner import make_plan
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.presets import AutoTPPresets
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.specs.layer_spec import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
 from lightning_autotp.strategies.trainer import AutoTPStrategy, register
 from lightning_autotp.verification import verify

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_autotp.cli import estimate, verify
-from lightning_autotp.planning.planner import make_plan
 from lightning_autotp.plans.plan_table import print_plan
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.strategies.trainer import AutoTPStrategy
 
 _ANYWHERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.precision=32-true"]

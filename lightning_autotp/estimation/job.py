@@ -56,6 +56,13 @@ class Job:
     own_loop: bool = False
     config: TPTrainingConfig = field(default_factory=TPTrainingConfig)
 
+    @property
+    def switches(self) -> TPTrainingConfig:
+        """The config that is in force: its own switches, and those of the job."""
+        sequence = self.sequence_parallel or self.config.sequence_parallel
+        loss = self.loss_parallel or self.config.loss_parallel
+        return self.config.model_copy(update={"sequence_parallel": sequence, "loss_parallel": loss})
+
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "batch", "seq"):
             size = getattr(self, name)

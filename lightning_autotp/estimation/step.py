@@ -32,9 +32,8 @@ from lightning_autotp.estimation.tracker import StepTracker, Work
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.model_sources.full_size import build
-from lightning_autotp.planning.planner import make_plan
-from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
@@ -101,9 +100,7 @@ def run_step(job: Job) -> Step:
 def _run_step(job: Job) -> Step:
     dtype, _ = PRECISIONS[job.precision]
     model, batch = build(job.model, dtype=dtype, batch=job.batch, seq=job.seq, checkpointing=job.checkpointing)
-    plan = make_plan(model, job.config, job.tp)
-    if job.sequence_parallel and job.tp > 1:
-        plan = parallel_sequence(model, plan)
+    plan = make_plan(model, job.switches, job.tp)
     mesh, recorder = recording_mesh(silent_mesh(job.tp))
     apply_plan(model, plan, mesh, torch.device("cpu"), overlap=job.config.tp_overlap_comm)
     set_loss_parallel(model, plan, job.loss_parallel)

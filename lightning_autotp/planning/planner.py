@@ -22,8 +22,8 @@ from lightning_autotp.plans.plan import Boundary, ParameterPlan, ShardingPlan
 from lightning_autotp.specs.layer_spec import PartitionType, TPLayerSpec
 
 
-def make_plan(model: nn.Module, config: TPTrainingConfig, tp_size: Optional[int] = None) -> ShardingPlan:
-    """Decide for every parameter of ``model`` how it is cut.
+def propose_plan(model: nn.Module, config: TPTrainingConfig, tp_size: Optional[int] = None) -> ShardingPlan:
+    """Decide by the rules alone how every parameter of ``model`` is cut.
 
     Args:
         model: the unsharded model; its parameters may be on the meta device.

@@ -34,10 +34,8 @@ from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.planning.blocks import called_around, shared_blocks
-from lightning_autotp.planning.planner import make_plan
-from lightning_autotp.planning.sequence_parallel import parallel_sequence
-from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.plans.plan_table import print_plan
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import Sharded, sharded
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
@@ -304,7 +302,7 @@ class AutoTPStrategy(CheckpointStrategy):
         """Shard the module, unless an earlier run has done it."""
         found = sharded(module)
         if found is None:
-            plan = raised_together(lambda: self._plan(module))
+            plan = raised_together(lambda: make_plan(module, self.config, self.tp_size))
             apply_plan(module, plan, self.mesh, self.root_device, overlap=self.config.tp_overlap_comm)
             found = sharded(module)
             if self.tp_size > 1 and self.is_global_zero:
@@ -316,10 +314,6 @@ class AutoTPStrategy(CheckpointStrategy):
                 f" autotp_size is now {self.tp_size}; build a new model and load its checkpoint."
             )
         return found
-
-    def _plan(self, module: LightningModule) -> ShardingPlan:
-        plan = make_plan(module, self.config, self.tp_size)
-        return parallel_sequence(module, plan) if self.config.sequence_parallel and self.tp_size > 1 else plan
 
     def _apply_dtype(self, module: LightningModule) -> None:
         if "dtype" not in self.config.model_fields_set:

@@ -14,8 +14,7 @@ from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
-from lightning_autotp.planning.planner import make_plan
-from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
@@ -41,6 +40,12 @@ class Case:
     steps: int
     kv_heads: int
     sequence_parallel: bool = False
+
+    @property
+    def switches(self) -> TPTrainingConfig:
+        """The config that is in force."""
+        on = self.sequence_parallel or self.config.sequence_parallel
+        return self.config.model_copy(update={"sequence_parallel": on})
 
     @property
     def unsharded(self) -> tuple[Any, ...]:
@@ -162,8 +167,7 @@ def measure(rank: int, case: Case, path: str) -> Measured:
     full = {name: p.numel() for name, p in model.named_parameters()}
     mesh = build_mesh(case.tp_size, TPConfig())
     try:
-        plan = make_plan(model, case.config, case.tp_size)
-        plan = parallel_sequence(model, plan) if case.sequence_parallel else plan
+        plan = make_plan(model, case.switches, case.tp_size)
         apply_plan(model, plan, mesh, torch.device("cpu"), overlap=case.config.tp_overlap_comm)
     except ValueError as error:
         raise Refused(str(error)) from error

@@ -288,7 +288,7 @@ def shard_ours(model: Any, settings: Settings, options: set[str]) -> Callable[[]
     """What AutoTPStrategy does in setup; returns what it does after the backward pass."""
     from lightning_autotp.config.training_config import TPTrainingConfig
     from lightning_autotp.distributed.mesh import build_mesh
-    from lightning_autotp.planning.planner import make_plan
+    from lightning_autotp.recipe.make_plan import make_plan
     from lightning_autotp.sharding.apply import apply_plan
     from lightning_autotp.sharding.state import sharded
     from lightning_autotp.training.gradients import TPGradients

@@ -17,8 +17,8 @@ from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.parallel import overlap
 from lightning_autotp.parallel.overlap import SIZES, Overlap
-from lightning_autotp.planning.planner import make_plan
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients

@@ -25,8 +25,8 @@ from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.planning.blocks import shared_blocks
-from lightning_autotp.planning.planner import make_plan
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.consistency import DisagreementError, FirstLook

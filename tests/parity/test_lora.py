@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
 from lightning_autotp.model_sources.small import small_config, small_model
-from lightning_autotp.planning.planner import make_plan
+from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.models import LanguageModel
 from tests.helpers.rank_pool import run_ranks
 from tests.helpers.sharded_runs import Record, RecordedModel, assert_parity, batches_for, reference_run, sharded_run

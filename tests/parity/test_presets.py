@@ -20,10 +20,10 @@ from lightning_autotp import AutoTPPresets, TPTrainingConfig
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.small import group_experts, small_batches, small_config, small_model
-from lightning_autotp.planning.planner import make_plan
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.presets import find_preset
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
