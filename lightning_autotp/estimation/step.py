@@ -29,12 +29,11 @@ from lightning_autotp.distributed.recording import Collective, RecordingCollecti
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.estimation.job import PRECISIONS, Job
 from lightning_autotp.estimation.tracker import StepTracker, Work
-from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.model_sources.full_size import build
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 
@@ -102,8 +101,7 @@ def _run_step(job: Job) -> Step:
     model, batch = build(job.model, dtype=dtype, batch=job.batch, seq=job.seq, checkpointing=job.checkpointing)
     plan = make_plan(model, job.switches, job.tp)
     mesh, recorder = recording_mesh(silent_mesh(job.tp))
-    apply_plan(model, plan, mesh, torch.device("cpu"), overlap=job.config.tp_overlap_comm)
-    set_loss_parallel(model, plan, job.loss_parallel)
+    shard(model, plan, mesh, job.switches, device=torch.device("cpu"))
     tracker = _tracked(model, batch, job, recorder)
     tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
     found = (tracker.forward, tracker.kept, tracker.backward, tracker.work, recorder.counts)

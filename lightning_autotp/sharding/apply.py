@@ -32,8 +32,8 @@ from lightning_autotp.sharding.materialize import load_parts
 from lightning_autotp.sharding.state import SHARDED, Sharded
 
 
-def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.device, *, overlap: bool) -> None:
-    """Shard ``model`` in place and move it to ``device``; every process must call it.
+def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.device, *, overlap: bool) -> Sharded:
+    """Convert ``model`` in place and move it to ``device``; for :func:`~lightning_autotp.sharding.shard.shard` alone.
 
     All processes start from the weights of global rank 0, whatever their own were. Parameters on the meta device are
     created full, one module at a time, initialized as the model would do it, and cut at once; so a sharded model has
@@ -59,7 +59,9 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
         batch = apply_sequence(model, plan.sequence, by_region, beside, whole_routing=bool(plan.boundaries))
     _keep_off_fast_paths(model)
     mesh.collectives.add_groups(_owners(plan, mesh))
-    setattr(model, SHARDED, Sharded(plan, mesh, columns, batch, beside))
+    found = Sharded(plan, mesh, columns, batch, beside)
+    setattr(model, SHARDED, found)
+    return found
 
 
 def _owners(plan: ShardingPlan, mesh: Mesh) -> set[tuple[int, ...]]:

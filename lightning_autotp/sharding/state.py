@@ -8,6 +8,7 @@ from torch import nn
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.parallel.column_group import ColumnGroup
 from lightning_autotp.parallel.overlap import Overlap
+from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.parallel.sequence_parallel import Batch
 from lightning_autotp.plans.plan import ShardingPlan
 
@@ -23,6 +24,7 @@ class Sharded:
     columns: tuple[ColumnGroup, ...]
     batch: Batch
     overlap: Overlap
+    saved: Optional[SavedActivations] = None
 
     def settle(self) -> None:
         """To be called between steps: column linears learn which of them share an input."""

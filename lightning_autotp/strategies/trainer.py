@@ -30,13 +30,11 @@ from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
-from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.optimizers.support import refuse_optimizers
-from lightning_autotp.parallel.saved_activations import SavedActivations
-from lightning_autotp.planning.blocks import called_around, shared_blocks
+from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import Sharded, sharded
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
 from lightning_autotp.strategies.validation import known_arguments, refuse_callbacks
@@ -145,7 +143,6 @@ class AutoTPStrategy(CheckpointStrategy):
         self._mesh: Optional[Mesh] = None
         self._gradients: Optional[TPGradients] = None
         self._first_look: Optional[FirstLook] = None
-        self._saved: Optional[SavedActivations] = None
 
     def __repr__(self) -> str:
         # other Trainers (pytorch_lightning's) show this when they refuse the strategy
@@ -259,13 +256,12 @@ class AutoTPStrategy(CheckpointStrategy):
             self.model = self._layer_sync.apply(self.model)
         self.precision_plugin.convert_module(module)
         self._apply_dtype(module)
+        self._first_look = FirstLook(self.mesh, self.config.check_agreement)
         found = self._shard(module)
-        set_loss_parallel(module, found.plan, self.config.loss_parallel)
         if self.config.compile:
             compile_blocks(module, found.plan)
         self.model_to_device()
         self._statistics_over_dp(module)
-        self._first_look = FirstLook(self.mesh, self.config.check_agreement)
         if fitting:
             self._setup_fit(trainer, module, found)
         self.setup_precision_plugin()
@@ -281,7 +277,6 @@ class AutoTPStrategy(CheckpointStrategy):
         self._share_random_state()
         if self.tp_size > 1:
             warn_of_dropout(module, found.plan)
-            self._shard_saved(module, found)
         if self.dp_size > 1:
             refuse_for_ddp(module, self._ddp_kwargs)
             self.configure_ddp()
@@ -293,26 +288,17 @@ class AutoTPStrategy(CheckpointStrategy):
             for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
                 optimizer.register_step_pre_hook(self._complete_gradients)
 
-    def _shard_saved(self, module: LightningModule, found: Sharded) -> None:
-        if self.config.shard_saved_activations:
-            assert self._first_look is not None
-            self._saved = SavedActivations(shared_blocks(module, found.plan), self.mesh, self._first_look.shared)
-
     def _shard(self, module: LightningModule) -> Sharded:
         """Shard the module, unless an earlier run has done it."""
         found = sharded(module)
-        if found is None:
-            plan = raised_together(lambda: make_plan(module, self.config, self.tp_size))
-            apply_plan(module, plan, self.mesh, self.root_device, overlap=self.config.tp_overlap_comm)
-            found = sharded(module)
-            if self.tp_size > 1 and self.is_global_zero:
-                print_plan(plan)
-        assert found is not None
-        if (found.mesh.tp_size, found.mesh.tp_rank) != (self.tp_size, self.tp_rank):
-            raise ValueError(
-                f"this model was sharded for a tensor parallel size of {found.mesh.tp_size} by an earlier run, and"
-                f" autotp_size is now {self.tp_size}; build a new model and load its checkpoint."
-            )
+        assert self._first_look is not None
+        compare = self._first_look.shared
+        if found is not None:
+            return shard(module, found.plan, self.mesh, self.config, device=self.root_device, compare=compare)
+        plan = raised_together(lambda: make_plan(module, self.config, self.tp_size))
+        found = shard(module, plan, self.mesh, self.config, device=self.root_device, compare=compare)
+        if self.tp_size > 1 and self.is_global_zero:
+            print_plan(plan)
         return found
 
     def _apply_dtype(self, module: LightningModule) -> None:
@@ -362,7 +348,8 @@ class AutoTPStrategy(CheckpointStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if self._saved is None else self._saved.step():
+        found = sharded(self._module)
+        with nullcontext() if found is None or found.saved is None else found.saved.step():
             output = super().training_step(*args, **kwargs)
         assert self._first_look is not None
         self._first_look.loss(output)
@@ -445,9 +432,9 @@ class AutoTPStrategy(CheckpointStrategy):
         if self._gradients is not None:
             self._gradients.remove()
             self._gradients = None
-        if self._saved is not None:
-            self._saved.remove()
-            self._saved = None
+        found = None if self.lightning_module is None else sharded(self.lightning_module)
+        if found is not None and found.saved is not None:
+            found.saved.remove()
         # the model stays sharded and where it is, so that saving, validating and fitting again work after fit;
         # the base class would move it to the CPU, from where its collectives cannot run
         if isinstance(self.model, DistributedDataParallel):

@@ -15,7 +15,7 @@ from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from lightning_autotp.verification.error_metrics import (
@@ -83,7 +83,7 @@ class Measured:
 
 
 class Refused(Exception):
-    """make_plan or apply_plan raised a ValueError."""
+    """make_plan or shard raised a ValueError."""
 
 
 def _build(case: Case) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -168,7 +168,7 @@ def measure(rank: int, case: Case, path: str) -> Measured:
     mesh = build_mesh(case.tp_size, TPConfig())
     try:
         plan = make_plan(model, case.switches, case.tp_size)
-        apply_plan(model, plan, mesh, torch.device("cpu"), overlap=case.config.tp_overlap_comm)
+        shard(model, plan, mesh, case.switches, device=torch.device("cpu"))
     except ValueError as error:
         raise Refused(str(error)) from error
     got, want, layouts = _train(model, batches, case.steps), _read(path), plan.layouts

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_autotp import TPTrainingConfig, make_plan
 from lightning_autotp.distributed.mesh import build_mesh
-from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.shard import shard
 
 
 def main() -> None:
@@ -41,9 +41,10 @@ def main() -> None:
         model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16)
     built = time.perf_counter()
-    plan = make_plan(model, TPTrainingConfig(autotp_size=size))
+    switches = TPTrainingConfig(autotp_size=size, tp_overlap_comm=True)
+    plan = make_plan(model, switches)
     planned = time.perf_counter()
-    apply_plan(model, plan, mesh, device, overlap=True)
+    shard(model, plan, mesh, switches, device=device)
     torch.cuda.synchronize()
     dist.barrier()
     done = time.perf_counter()

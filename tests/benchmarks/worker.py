@@ -289,24 +289,17 @@ def shard_ours(model: Any, settings: Settings, options: set[str]) -> Callable[[]
     from lightning_autotp.config.training_config import TPTrainingConfig
     from lightning_autotp.distributed.mesh import build_mesh
     from lightning_autotp.recipe.make_plan import make_plan
-    from lightning_autotp.sharding.apply import apply_plan
-    from lightning_autotp.sharding.state import sharded
+    from lightning_autotp.sharding.shard import shard
     from lightning_autotp.training.gradients import TPGradients
 
-    config = TPTrainingConfig(autotp_size=WORLD, tp_overlap_comm=True)
-    plan = make_plan(model, config, WORLD)
-    if "sp" in options:
-        from lightning_autotp.planning.sequence_parallel import parallel_sequence
-
-        plan = parallel_sequence(model, plan)
+    config = TPTrainingConfig(
+        autotp_size=WORLD,
+        tp_overlap_comm=True,
+        sequence_parallel="sp" in options,
+        loss_parallel="fused" if "fused" in options else "lp" in options,
+    )
     mesh = build_mesh(WORLD, config.tensor_parallel)
-    apply_plan(model, plan, mesh, settings.device, overlap=config.tp_overlap_comm)
-    if options & {"lp", "fused"}:
-        from lightning_autotp.losses.loss_parallel import set_loss_parallel
-
-        set_loss_parallel(model, plan, "fused" if "fused" in options else True)
-    found = sharded(model)
-    assert found is not None
+    found = shard(model, make_plan(model, config), mesh, config, device=settings.device)
     found.overlap.measure()
     gradients = TPGradients(model, found)
 

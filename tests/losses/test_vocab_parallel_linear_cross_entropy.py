@@ -25,12 +25,12 @@ from lightning_autotp.losses import vocab_parallel_linear_cross_entropy as room
 from lightning_autotp.losses.loss_parallel import _ParallelLoss, set_loss_parallel
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.parallel.linear import ColumnParallelLinear
-from lightning_autotp.sharding.apply import apply_plan
 from tests.helpers import models
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import quiet_trainer, tiny_llama, token_batches
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharded_runs import assert_parity, batches_for, reference_run
+from tests.helpers.sharding import apply_plan
 from tests.losses.test_vocab_parallel_cross_entropy import (
     CASES,
     VOCABULARY,

@@ -28,11 +28,11 @@ from lightning_autotp.parallel.linear import (
 )
 from lightning_autotp.parallel.reduced_module import Boundary, OnFirstRank
 from lightning_autotp.plans.plan import HeadInput
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, tiny_llama, token_batches
 from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharding import apply_plan
 
 
 def spec(pattern: str, kind: str, **more: Any) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from lightning_autotp.parallel import overlap
 from lightning_autotp.parallel.overlap import SIZES, Overlap
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers import models
 from tests.helpers.models import TokenDataset, quiet_trainer, token_batches
 from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharding import apply_plan
 
 SLOW, FAST = [1.0] * len(SIZES), [0.5] * len(SIZES)
 

@@ -27,7 +27,6 @@ from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.planning.blocks import shared_blocks
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.consistency import DisagreementError, FirstLook
 from lightning_autotp.training.gradients import TPGradients
@@ -37,6 +36,7 @@ from tests.helpers.models import Transformer, next_token_loss, quiet_trainer, to
 from tests.helpers.plans import column, plan, row
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharded_runs import Record, RecordedModel, assert_parity, batches_for, reference_run, sharded_run
+from tests.helpers.sharding import apply_plan
 
 LAYERS = 3
 DID_NOTHING = "shard_saved_activations did nothing in the first training step"

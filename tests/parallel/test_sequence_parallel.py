@@ -15,7 +15,6 @@ from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from lightning_autotp.verification import Pool, verify
@@ -24,6 +23,7 @@ from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, token_batches
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharded_runs import assert_parity, batches_for, reference_run, sharded_run
+from tests.helpers.sharding import apply_plan
 
 ALIKE = [
     "llama",

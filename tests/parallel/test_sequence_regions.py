@@ -14,12 +14,12 @@ from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.introspection.forward_source import changes_in_place
 from lightning_autotp.parallel import overlap
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, token_batches
 from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharding import apply_plan
 
 VOCABULARY, WIDTH = 50, 16
 RULES = {

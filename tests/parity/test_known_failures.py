@@ -22,12 +22,12 @@ from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.parallel.column_group import ColumnGroup
 from lightning_autotp.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers import models
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, token_batches
+from tests.helpers.sharding import apply_plan
 from tests.parity.test_presets import check
 
 CPU = torch.device("cpu")

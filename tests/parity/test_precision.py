@@ -16,7 +16,6 @@ from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import Sharded, sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import relative_errors
@@ -32,6 +31,7 @@ from tests.helpers.sharded_runs import (
     reference_run,
     sharded_run,
 )
+from tests.helpers.sharding import apply_plan
 from tests.losses.test_vocab_parallel_cross_entropy import LossModel
 from tests.parity.test_fit import CASES
 from tests.parity.test_presets import Steps, build, parts, train

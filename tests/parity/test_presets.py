@@ -24,12 +24,12 @@ from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.presets import find_preset
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from lightning_autotp.verification.error_metrics import MODEL_SCALE
 from tests.helpers.closeness import assert_close, relative_errors
 from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharding import apply_plan
 
 STEPS, CLIP = 3, 0.5
 

@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
 from lightning_autotp.distributed.mesh import build_mesh
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import attend
 from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharding import apply_plan
 from tests.helpers.small_nets import everyones
 
 DIM = 4
