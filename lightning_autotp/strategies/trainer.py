@@ -10,10 +10,8 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -23,26 +21,25 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
-from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
-from lightning_autotp.optimizers.support import refuse_optimizers
-from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.plans.plan_table import print_plan
-from lightning_autotp.recipe.make_plan import make_plan
+from lightning_autotp.recipe.engine import Engine, plan_once
 from lightning_autotp.sharding.shard import shard
-from lightning_autotp.sharding.state import Sharded, sharded
+from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
-from lightning_autotp.strategies.validation import known_arguments, refuse_callbacks
-from lightning_autotp.training.compile import compile_blocks, is_compiled
+from lightning_autotp.strategies.validation import apply_dtype, check_processes, known_arguments, refuse_callbacks
+from lightning_autotp.training.compile import compile_blocks
 from lightning_autotp.training.consistency import FirstLook
-from lightning_autotp.training.data_parallel import GatherOverDP, explain_ddp_error, refuse_for_ddp
-from lightning_autotp.training.gradients import TPGradients, shared_scaler
-from lightning_autotp.training.random_state import warn_of_dropout
+from lightning_autotp.training.data_parallel import (
+    explain_ddp_error,
+    hook_state_over_dp,
+    refuse_for_ddp,
+    statistics_over_dp,
+)
 
 
 class AutoTPStrategy(CheckpointStrategy):
@@ -141,8 +138,7 @@ class AutoTPStrategy(CheckpointStrategy):
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._all_devices = False
         self._mesh: Optional[Mesh] = None
-        self._gradients: Optional[TPGradients] = None
-        self._first_look: Optional[FirstLook] = None
+        self._engine: Optional[Engine] = None
 
     def __repr__(self) -> str:
         # other Trainers (pytorch_lightning's) show this when they refuse the strategy
@@ -150,6 +146,12 @@ class AutoTPStrategy(CheckpointStrategy):
             f"{type(self).__name__}(autotp_size={self.config.size}), a strategy for `lightning.pytorch.Trainer`"
             " (not for the Trainer of `pytorch_lightning`)"
         )
+
+    @property
+    def engine(self) -> Engine:
+        """What happens around the steps of this run; known once setup has sharded the model."""
+        assert self._engine is not None
+        return self._engine
 
     # -- where this process stands ------------------------------------------------------------------------------------
 
@@ -187,36 +189,16 @@ class AutoTPStrategy(CheckpointStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._check_processes()
+        nodes, devices = self.num_nodes, self.num_processes
+        check_processes(self.world_size, nodes, devices, self.config, self.cluster_environment)
         super().setup_environment()
         if self._mesh is None:
             if self._all_devices:
                 self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
             self._mesh = build_mesh(self.config.size, self.config.tensor_parallel, self._timeout)
             self._ddp_kwargs["process_group"] = self._mesh.dp_group
-            self._reduce_hooks_over_dp()
-
-    def _check_processes(self) -> None:
-        expected = self.num_nodes * self.num_processes
-        if self.world_size != expected:
-            started = "SLURM started" if isinstance(self.cluster_environment, SLURMEnvironment) else "there are"
-            raise ValueError(
-                f"{started} {self.world_size} processes, but the Trainer is set to {self.num_nodes} nodes x"
-                f" {self.num_processes} devices = {expected}; make `num_nodes` and `devices` (and SLURM's --nodes and"
-                " --ntasks-per-node) agree."
-            )
-        if self.num_nodes > 1 and self.num_processes % self.config.size and self.config.tensor_parallel.mpu is None:
-            rank_zero_warn(
-                f"autotp_size: {self.config.size} does not divide the {self.num_processes} devices of a node, so some"
-                " ranks that share a model are on different nodes, with the network between them."
-            )
-
-    def _reduce_hooks_over_dp(self) -> None:
-        """A communication hook without a group of its own would average different parts of the model."""
-        if self._ddp_comm_hook is not None and self._ddp_comm_state is None:
-            self._ddp_comm_state = self.mesh.dp_group
-        elif getattr(self._ddp_comm_state, "process_group", self) is None:
-            setattr(self._ddp_comm_state, "process_group", self.mesh.dp_group)  # noqa: B010 - any hook's own class
+            if self._ddp_comm_hook is not None:
+                self._ddp_comm_state = hook_state_over_dp(self._ddp_comm_state, self._mesh)
 
     @override
     def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
@@ -255,83 +237,41 @@ class AutoTPStrategy(CheckpointStrategy):
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         self.precision_plugin.convert_module(module)
-        self._apply_dtype(module)
-        self._first_look = FirstLook(self.mesh, self.config.check_agreement)
-        found = self._shard(module)
-        if self.config.compile:
-            compile_blocks(module, found.plan)
+        apply_dtype(module, self.config, str(self.precision_plugin.precision))
+        self._engine = engine = self._shard(module)
         self.model_to_device()
-        self._statistics_over_dp(module)
+        statistics_over_dp(module, self.mesh)
         if fitting:
-            self._setup_fit(trainer, module, found)
+            self._begin_fit(trainer, module, engine)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
 
-    def _setup_fit(self, trainer: Trainer, module: LightningModule, found: Sharded) -> None:
+    def _shard(self, module: LightningModule) -> Engine:
+        """Shard and compile the module, unless an earlier run has done it."""
+        look, is_new = FirstLook(self.mesh, self.config.check_agreement), sharded(module) is None
+        plan = plan_once(module, self.config, self.mesh)
+        found = shard(module, plan, self.mesh, self.config, device=self.root_device, compare=look.shared)
+        if is_new and self.tp_size > 1 and self.is_global_zero:
+            print_plan(plan)
+        if self.config.compile:
+            compile_blocks(module, plan)
+        return Engine(module, found, look)
+
+    def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
         if self.tp_size > 1:
             refuse_callbacks(trainer)
-        self._gradients = TPGradients(module, found, compiled=is_compiled(module))
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-        found.overlap.measure(halves.get(str(self.precision_plugin.precision)))
-        self._share_random_state()
-        if self.tp_size > 1:
-            warn_of_dropout(module, found.plan)
+        engine.begin_training(self.root_device, halves.get(str(self.precision_plugin.precision)))
         if self.dp_size > 1:
-            refuse_for_ddp(module, self._ddp_kwargs)
+            refuse_for_ddp(module, self._ddp_kwargs, accumulates=trainer.accumulate_grad_batches > 1)
             self.configure_ddp()
         self._reset_optimizers_and_schedulers()
         self.setup_optimizers(trainer)
-        self._optimizer_names()
-        refuse_optimizers(self.optimizers, self._gradients.layouts)
+        engine.accept(self.optimizers)
         if not module.automatic_optimization:
             for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
-                optimizer.register_step_pre_hook(self._complete_gradients)
-
-    def _shard(self, module: LightningModule) -> Sharded:
-        """Shard the module, unless an earlier run has done it."""
-        found = sharded(module)
-        assert self._first_look is not None
-        compare = self._first_look.shared
-        if found is not None:
-            return shard(module, found.plan, self.mesh, self.config, device=self.root_device, compare=compare)
-        plan = raised_together(lambda: make_plan(module, self.config, self.tp_size))
-        found = shard(module, plan, self.mesh, self.config, device=self.root_device, compare=compare)
-        if self.tp_size > 1 and self.is_global_zero:
-            print_plan(plan)
-        return found
-
-    def _apply_dtype(self, module: LightningModule) -> None:
-        if "dtype" not in self.config.model_fields_set:
-            return
-        precision = self.precision_plugin.precision
-        if precision == "32-true":
-            module.to(self.config.dtype)
-            return
-        in_force = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-        parameters = in_force.get(str(precision), torch.float32)
-        if self.config.dtype != parameters:
-            raise ValueError(
-                f"dtype: {self.config.dtype} contradicts Trainer(precision={precision!r}), under which parameters are"
-                f" {parameters}; leave `dtype` out, or set the precision that goes with it."
-            )
-
-    def _statistics_over_dp(self, module: nn.Module) -> None:
-        for metric in module.modules():
-            if isinstance(metric, Metric) and metric.process_group is None and metric.dist_sync_fn is None:
-                metric.dist_sync_fn = GatherOverDP(self.mesh)
-            elif isinstance(metric, nn.SyncBatchNorm) and metric.process_group is None:
-                metric.process_group = self.mesh.dp_group
-
-    def _share_random_state(self) -> None:
-        """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
-        cuda = self.root_device.type == "cuda"
-        states: list[Any] = [_collect_rng_states(include_cuda=False)]
-        states += [torch.cuda.get_rng_state(self.root_device)] if cuda else []
-        dist.broadcast_object_list(states, src=self.mesh.tp_source, group=self.mesh.tp_group)
-        _set_rng_states(states[0])
-        if cuda:
-            torch.cuda.set_rng_state(states[1], self.root_device)
+                optimizer.register_step_pre_hook(lambda stepping, *_: engine.complete(stepping))
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -342,35 +282,25 @@ class AutoTPStrategy(CheckpointStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0) -> Any:
-        if self._first_look is not None:
-            self._first_look.batch(batch, loader=(self._module.trainer.state.stage, dataloader_idx))
+        if self._engine is not None:
+            self._engine.batch(batch, loader=(self._module.trainer.state.stage, dataloader_idx))
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        found = sharded(self._module)
-        with nullcontext() if found is None or found.saved is None else found.saved.step():
-            output = super().training_step(*args, **kwargs)
-        assert self._first_look is not None
-        self._first_look.loss(output)
-        return output
+        return self.engine.training_step(super().training_step, *args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluated(super().validation_step, *args, **kwargs)
+        return self.engine.evaluation_step(super().validation_step, *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluated(super().test_step, *args, **kwargs)
+        return self.engine.evaluation_step(super().test_step, *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluated(super().predict_step, *args, **kwargs)
-
-    def _evaluated(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self._first_look is not None
-        models = called_around(self._module, self.plan) if self.plan is not None else []
-        return self._first_look.step(models, step, *args, **kwargs)
+        return self.engine.evaluation_step(super().predict_step, *args, **kwargs)
 
     @override
     def optimizer_step(
@@ -382,20 +312,12 @@ class AutoTPStrategy(CheckpointStrategy):
     ) -> Any:
         def with_complete_gradients() -> Any:
             result = closure()
-            self._complete_gradients(optimizer)
+            self.engine.complete(optimizer)
             return result
 
         output = super().optimizer_step(optimizer, with_complete_gradients, model, **kwargs)
-        found = sharded(self._module)
-        assert found is not None and self._gradients is not None and self._first_look is not None
-        found.settle()
-        self._first_look.weights(self._gradients.whole_parameters, optimizer)
+        self.engine.stepped(optimizer)
         return output
-
-    def _complete_gradients(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._gradients is not None and self._first_look is not None:  # None after fit, when users step on
-            self._first_look.gradients(self._gradients, optimizer)
-            self._gradients.complete()
 
     @property
     @override
@@ -411,30 +333,22 @@ class AutoTPStrategy(CheckpointStrategy):
             precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
-        assert self._gradients is not None
-        self._complete_gradients(optimizer)
-        self._gradients.clip_norm(self.precision_plugin.main_params(optimizer), clip_val)
+        self.engine.clip_norm(optimizer, self.precision_plugin.main_params(optimizer), clip_val)
 
     def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
-        assert self._gradients is not None
-        self._complete_gradients(optimizer)
-        torch.nn.utils.clip_grad_value_(self.precision_plugin.main_params(optimizer), clip_val)
+        self.engine.clip_value(optimizer, self.precision_plugin.main_params(optimizer), clip_val)
 
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
         plugin = self.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None and self.tp_size > 1:
-            plugin.scaler = shared_scaler(plugin.scaler, self.mesh)
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            plugin.scaler = self.engine.loss_scaler(plugin.scaler)
 
     @override
     def teardown(self) -> None:
-        if self._gradients is not None:
-            self._gradients.remove()
-            self._gradients = None
-        found = None if self.lightning_module is None else sharded(self.lightning_module)
-        if found is not None and found.saved is not None:
-            found.saved.remove()
+        if self._engine is not None:
+            self._engine.end_training()
         # the model stays sharded and where it is, so that saving, validating and fitting again work after fit;
         # the base class would move it to the CPU, from where its collectives cannot run
         if isinstance(self.model, DistributedDataParallel):

@@ -2,13 +2,18 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Optional
 
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.specs.layer_spec import nearest
 
 
@@ -44,3 +49,49 @@ def known_arguments(ours: Iterable[str], kwargs: Mapping[str, Any]) -> dict[str,
         if kwargs.get(name) is not None:
             raise ValueError(f"AutoTPStrategy: {name}: the groups are made here; give yours as `tensor_parallel.mpu`.")
     return dict(kwargs)
+
+
+def check_processes(
+    world_size: int,
+    num_nodes: int,
+    devices: int,
+    config: TPTrainingConfig,
+    cluster: Optional[ClusterEnvironment],
+) -> None:
+    """Refuse another number of processes than the Trainer's ``num_nodes`` x ``devices``.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    expected = num_nodes * devices
+    if world_size != expected:
+        started = "SLURM started" if isinstance(cluster, SLURMEnvironment) else "there are"
+        raise ValueError(
+            f"{started} {world_size} processes, but the Trainer is set to {num_nodes} nodes x {devices} devices ="
+            f" {expected}; make `num_nodes` and `devices` (and SLURM's --nodes and --ntasks-per-node) agree."
+        )
+    if num_nodes > 1 and devices % config.size and config.tensor_parallel.mpu is None:
+        rank_zero_warn(
+            f"autotp_size: {config.size} does not divide the {devices} devices of a node, so some ranks that share a"
+            " model are on different nodes, with the network between them."
+        )
+
+
+def apply_dtype(module: nn.Module, config: TPTrainingConfig, precision: str) -> None:
+    """Give ``module`` the dtype that the config names, if it names one.
+
+    Raises:
+        ValueError: if the Trainer's precision says another.
+    """
+    if "dtype" not in config.model_fields_set:
+        return
+    if precision == "32-true":
+        module.to(config.dtype)
+        return
+    in_force = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    parameters = in_force.get(precision, torch.float32)
+    if config.dtype != parameters:
+        raise ValueError(
+            f"dtype: {config.dtype} contradicts Trainer(precision={precision!r}), under which parameters are"
+            f" {parameters}; leave `dtype` out, or set the precision that goes with it."
+        )

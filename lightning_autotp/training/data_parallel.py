@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_autotp.distributed.mesh import Mesh
@@ -25,15 +25,38 @@ class GatherOverDP:
         return gather_all_tensors(result, self.mesh.dp_group)
 
 
-def refuse_for_ddp(module: LightningModule, options: Mapping[str, Any]) -> None:
+def statistics_over_dp(model: nn.Module, mesh: Mesh) -> None:
+    """Make metrics and synchronized batch norms in ``model`` add over data parallel ranks, and over them only."""
+    for module in model.modules():
+        if isinstance(module, Metric) and module.process_group is None and module.dist_sync_fn is None:
+            module.dist_sync_fn = GatherOverDP(mesh)
+        elif isinstance(module, nn.SyncBatchNorm) and module.process_group is None:
+            module.process_group = mesh.dp_group
+
+
+def hook_state_over_dp(state: Any, mesh: Mesh) -> Any:
+    """The state of a DDP communication hook, with a group: the hook would average different parts of the model else."""
+    if state is None:
+        return mesh.dp_group
+    if getattr(state, "process_group", mesh) is None:
+        state.process_group = mesh.dp_group
+    return state
+
+
+def refuse_for_ddp(model: nn.Module, options: Mapping[str, Any], *, accumulates: bool = False) -> None:
     """Refuse what torch's DDP cannot do, before it says so in its own terms.
+
+    Args:
+        model: what is to be trained.
+        options: the arguments of ``DistributedDataParallel``.
+        accumulates: whether gradients of several batches are known to be added up.
 
     Raises:
         ValueError: naming what to change.
     """
-    if not any(p.requires_grad for p in module.parameters()):
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train.")
-    if options.get("static_graph") and module.trainer.accumulate_grad_batches > 1:
+    if options.get("static_graph") and accumulates:
         raise ValueError("static_graph: it does not go with gradient accumulation in torch's DDP; leave it out.")
 
 

@@ -1,9 +1,26 @@
 """Randomness of ranks that share a model."""
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 
+from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
+
+
+def share_random_state(mesh: Mesh, device: torch.device) -> None:
+    """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
+    cuda = device.type == "cuda"
+    states: list[Any] = [_collect_rng_states(include_cuda=False)]
+    states += [torch.cuda.get_rng_state(device)] if cuda else []
+    dist.broadcast_object_list(states, src=mesh.tp_source, group=mesh.tp_group)
+    _set_rng_states(states[0])
+    if cuda:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def warn_of_dropout(model: nn.Module, plan: ShardingPlan) -> None:

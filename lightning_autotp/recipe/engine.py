@@ -1,0 +1,139 @@
+"""What happens around the steps of a sharded model, whichever strategy or loop takes them."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_autotp.checkpoint.state_dict import optimizer_names
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.errors import raised_together
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.optimizers.support import refuse_optimizers
+from lightning_autotp.planning.blocks import called_around
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.recipe.make_plan import make_plan
+from lightning_autotp.sharding.state import Sharded, sharded
+from lightning_autotp.training.compile import is_compiled
+from lightning_autotp.training.consistency import FirstLook
+from lightning_autotp.training.gradients import TPGradients, shared_scaler
+from lightning_autotp.training.random_state import share_random_state, warn_of_dropout
+
+
+def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh) -> ShardingPlan:
+    """The plan that ``model`` was sharded by, or one for it; every process must call it.
+
+    Raises:
+        ValueError: if it cannot be planned; on all processes, as a RuntimeError where only others failed.
+    """
+    found = sharded(model)
+    return found.plan if found is not None else raised_together(lambda: make_plan(model, config, mesh.tp_size))
+
+
+class Engine:
+    """What happens around the steps of one run; every process must make the same calls in the same order.
+
+    Between a step's backward pass and its optimizer, :meth:`complete` (or :meth:`clip_norm`, :meth:`clip_value`, which
+    call it); after the optimizer, :meth:`stepped`.
+
+    Args:
+        model: a sharded model.
+        found: how it was sharded.
+        look: the comparisons of this run.
+    """
+
+    def __init__(self, model: nn.Module, found: Sharded, look: FirstLook) -> None:
+        self.model, self.sharded, self.mesh = model, found, found.mesh
+        self.look = look
+        self._gradients: Optional[TPGradients] = None
+
+    @property
+    def gradients(self) -> TPGradients:
+        """The gradients, between :meth:`begin_training` and :meth:`end_training`."""
+        assert self._gradients is not None, "the engine does not train"
+        return self._gradients
+
+    # -- a run --------------------------------------------------------------------------------------------------------
+
+    def begin_training(self, device: torch.device, autocast: Optional[torch.dtype] = None) -> None:
+        """Prepare gradients, overlapped matmuls and random numbers, once the model is compiled (if it is to be).
+
+        Args:
+            device: where the model is.
+            autocast: the dtype of autocast in training steps, None without it.
+        """
+        self._gradients = TPGradients(self.model, self.sharded, compiled=is_compiled(self.model))
+        self.sharded.overlap.measure(autocast)
+        share_random_state(self.mesh, device)
+        if self.mesh.tp_size > 1:
+            warn_of_dropout(self.model, self.sharded.plan)
+
+    def accept(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse optimizers that cannot be exact here.
+
+        Raises:
+            ValueError: if one looks at whole tensors and holds a sharded one, or holds what is not the model's.
+        """
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            optimizer_names(self.model, optimizer)
+        refuse_optimizers(optimizers, self.gradients.layouts)
+
+    def loss_scaler(self, scaler: Any) -> Any:
+        """A loss scaler like ``scaler`` that skips a step on all ranks if one of them overflows."""
+        return shared_scaler(scaler, self.mesh) if self.mesh.tp_size > 1 else scaler
+
+    def end_training(self) -> None:
+        """Take all hooks off the model, which stays sharded; steps from here on are the user's own."""
+        if self._gradients is not None:
+            self._gradients.remove()
+            self._gradients = None
+        if self.sharded.saved is not None:
+            self.sharded.saved.remove()
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def batch(self, batch: Any, loader: object) -> None:
+        """See a batch before it goes to the model; the first of each ``loader`` is compared."""
+        self.look.batch(batch, loader)
+
+    def training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``step``, a forward pass that ends in a loss, returns."""
+        saved = self.sharded.saved
+        with nullcontext() if saved is None else saved.step():
+            output = step(*args, **kwargs)
+        self.look.loss(output)
+        return output
+
+    def evaluation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``step``, a forward pass without gradients, returns; the first one's outputs are compared."""
+        return self.look.step(called_around(self.model, self.sharded.plan), step, *args, **kwargs)
+
+    def complete(self, optimizer: Optional[Optimizer] = None) -> None:
+        """Make the gradients those of the unsharded model, if they are not yet; the first ones are compared."""
+        if self._gradients is not None:  # None when users step on after a run
+            self.look.gradients(self._gradients, optimizer)
+            self._gradients.complete()
+
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The 2-norm of the unsharded model's gradient with respect to ``parameters``; the same on every rank."""
+        self.complete()
+        return self.gradients.total_norm(parameters)
+
+    def clip_norm(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradients so that their true norm is at most ``max_norm``; returns the norm before."""
+        self.complete(optimizer)
+        return self.gradients.clip_norm(parameters, max_norm)
+
+    def clip_value(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], value: float) -> None:
+        """Clip every element of the gradients to ``[-value, value]``."""
+        self.complete(optimizer)
+        torch.nn.utils.clip_grad_value_(parameters, value)
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Learn from the step that ``optimizer`` has taken which layers share an input; compare the first weights."""
+        self.sharded.settle()
+        self.look.weights(self.gradients.whole_parameters, optimizer)
