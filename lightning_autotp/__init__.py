@@ -5,6 +5,7 @@ from lightning_autotp.losses.functional import cross_entropy, linear_cross_entro
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.recipe.make_plan import make_plan
+from lightning_autotp.recipe.parallelize import parallelize
 from lightning_autotp.specs.layer_spec import AutoTPConfig, PartitionType, TPLayerSpec, merge_autotp_configs
 from lightning_autotp.strategies.trainer import AutoTPStrategy, register
 from lightning_autotp.verification import verify
@@ -22,6 +23,7 @@ __all__ = [
     "linear_cross_entropy",
     "make_plan",
     "merge_autotp_configs",
+    "parallelize",
     "verify",
 ]
 

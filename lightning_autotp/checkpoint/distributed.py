@@ -39,10 +39,10 @@ def save_directory(checkpoint: dict[str, Any], names: list[list[str]], placement
     """
     rest = dict(checkpoint)
     optimizers = rest.pop("optimizer_states", None)
-    tensors: dict[str, Any] = {"state_dict": {n: _view(n, t, placement) for n, t in rest.pop("state_dict").items()}}
+    tensors: dict[str, Any] = {"state_dict": {n: view_of(n, t, placement) for n, t in rest.pop("state_dict").items()}}
     if optimizers is not None:
-        tensors["optimizers"] = {str(at): _by_name(s, names[at], placement) for at, s in enumerate(optimizers)}
-        rest["optimizer_states"] = [_skeleton(s, names[at]) for at, s in enumerate(optimizers)]
+        tensors["optimizers"] = {str(at): by_name(s, names[at], placement) for at, s in enumerate(optimizers)}
+        rest["optimizer_states"] = [skeleton_of(s, names[at]) for at, s in enumerate(optimizers)]
     # the name has no "ckpt_" in it: Lightning parses such names when it looks for SLURM checkpoints
     shared = [f".autotp-tmp-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(shared, src=0)
@@ -72,7 +72,7 @@ def load_directory(path: Path, names: list[list[str]], placement: Placement, wei
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = "state_dict."
     model = {
-        key.removeprefix(prefix): _target(key.removeprefix(prefix), stored[key], placement)
+        key.removeprefix(prefix): target_of(key.removeprefix(prefix), stored[key], placement)
         for key in stored
         if key.startswith(prefix)
     }
@@ -81,7 +81,7 @@ def load_directory(path: Path, names: list[list[str]], placement: Placement, wei
     states = [
         {
             name: {
-                entry: _target(name, stored[f"optimizers.{at}.{name}.{entry}"], placement)
+                entry: target_of(name, stored[f"optimizers.{at}.{name}.{entry}"], placement)
                 for entry in entries
                 if f"optimizers.{at}.{name}.{entry}" in stored
             }
@@ -100,18 +100,18 @@ def load_directory(path: Path, names: list[list[str]], placement: Placement, wei
     }
     if names and "optimizer_states" in checkpoint:
         locals_ = [{n: {e: local for e, (local, _) in v.items()} for n, v in state.items()} for state in states]
-        checkpoint["optimizer_states"] = _by_number(skeletons, locals_, names)
+        checkpoint["optimizer_states"] = by_number(skeletons, locals_, names)
     return checkpoint
 
 
-def _view(name: str, value: Any, placement: Placement) -> Any:
+def view_of(name: str, value: Any, placement: Placement) -> Any:
     if not isinstance(value, Tensor):
         return value
     layout = placement.layout_of(name, value)
     return value.detach() if layout is None else ShardedView(value.detach(), layout, placement.mesh.tp_rank)
 
 
-def _target(name: str, stored: Any, placement: Placement) -> tuple[Any, Any]:
+def target_of(name: str, stored: Any, placement: Placement) -> tuple[Any, Any]:
     """A local tensor to read into, and what DCP is to be given for it; None and a placeholder for what is no tensor."""
     if not isinstance(stored, TensorStorageMetadata):
         return None, None
@@ -123,15 +123,17 @@ def _target(name: str, stored: Any, placement: Placement) -> tuple[Any, Any]:
     return local, local if layout is None else ShardedView(local, layout, rank)
 
 
-def _by_name(state: Mapping[str, Any], names: list[str], placement: Placement) -> dict[str, Any]:
+def by_name(state: Mapping[str, Any], names: list[str], placement: Placement) -> dict[str, Any]:
     """The tensors of an optimizer's ``state_dict``, by parameter name."""
     return {
-        names[number]: {e: _view(names[number], value, placement) for e, value in entries.items() if _is_tensor(value)}
+        names[number]: {
+            e: view_of(names[number], value, placement) for e, value in entries.items() if _is_tensor(value)
+        }
         for number, entries in state.get("state", {}).items()
     }
 
 
-def _skeleton(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+def skeleton_of(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """An optimizer's ``state_dict`` without its tensors, its parameters by name."""
     return {
         **state,
@@ -145,7 +147,7 @@ def _skeleton(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     }
 
 
-def _by_number(
+def by_number(
     skeletons: list[dict[str, Any]], tensors: list[dict[str, dict[str, Tensor]]], names: list[list[str]]
 ) -> list[dict[str, Any]]:
     """The ``state_dict`` of every optimizer, its parameters numbered as this run's optimizers number them."""

@@ -18,13 +18,14 @@ class ShardedView(Tensor):
     of the full tensor; there is nothing to compute with.
     """
 
-    __slots__ = ["pieces"]
+    __slots__ = ["local", "pieces"]
+    local: Tensor
     pieces: list[tuple[torch.Size, Tensor]]
 
     @staticmethod
     def __new__(cls, local: Tensor, layout: Layout, rank: int) -> "ShardedView":
         view: ShardedView = make_wrapper_subclass(cls, torch.Size(layout.shape), dtype=local.dtype, device=local.device)
-        boxes = layout.boxes(rank)
+        view.local, boxes = local, layout.boxes(rank)
         view.pieces = [(torch.Size(box.offset), part) for box, part in zip(boxes, layout.split(local, rank))]
         return view
 

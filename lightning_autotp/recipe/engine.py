@@ -1,7 +1,7 @@
 """What happens around the steps of a sharded model, whichever strategy or loop takes them."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -70,6 +70,31 @@ class Engine:
         share_random_state(self.mesh, device)
         if self.mesh.tp_size > 1:
             warn_of_dropout(self.model, self.sharded.plan)
+
+    def watch_calls(self) -> None:
+        """Do around the model's own calls what a strategy does around its steps, for a loop that has no such hooks.
+
+        That is :meth:`batch` before the first call, and what :meth:`training_step` does about saved activations.
+        """
+        before, after = self.model.register_forward_pre_hook, self.model.register_forward_hook
+        contexts = ExitStack()
+
+        def first(_: nn.Module, args: Any, kwargs: Any) -> None:
+            handle.remove()
+            self.batch((args, kwargs), "the first call")
+
+        def enter(model: nn.Module, *_: Any) -> None:
+            assert self.sharded.saved is not None
+            if model.training and torch.is_grad_enabled():
+                contexts.enter_context(self.sharded.saved.step())
+
+        def leave(*_: Any) -> None:
+            contexts.close()
+
+        handle = before(first, prepend=True, with_kwargs=True)
+        if self.sharded.saved is not None:
+            before(enter)
+            after(leave, always_call=True)
 
     def accept(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuse optimizers that cannot be exact here.

@@ -57,11 +57,7 @@ class CheckpointStrategy(DDPStrategy):
     def _placement(self) -> Placement:
         if self.plan is None:
             return Placement({}, self.mesh)
-        # a state dict may know a parameter by another name than the module does: wrappers rename, users do
-        layouts = self.plan.layouts
-        of = {id(p): layouts[name] for name, p in self._module.named_parameters(remove_duplicate=False)}
-        stored = self._module.state_dict(keep_vars=True)
-        return Placement(layouts | {name: of[id(p)] for name, p in stored.items() if id(p) in of}, self.mesh)
+        return Placement.of(self._module, self.plan, self.mesh)
 
     def _optimizer_names(self) -> list[list[str]]:
         return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -58,6 +60,25 @@ def refuse_for_ddp(model: nn.Module, options: Mapping[str, Any], *, accumulates:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train.")
     if options.get("static_graph") and accumulates:
         raise ValueError("static_graph: it does not go with gradient accumulation in torch's DDP; leave it out.")
+
+
+def replicate(model: nn.Module, mesh: Mesh, device: torch.device, options: Mapping[str, Any]) -> nn.Module:
+    """``model``, whose gradients are averaged over its replicas in the backward pass, if it has any.
+
+    Args:
+        model: a model on ``device``.
+        mesh: this process's place.
+        device: the device.
+        options: more arguments of ``DistributedDataParallel``.
+
+    Raises:
+        ValueError: if torch's DDP cannot train it.
+    """
+    if mesh.dp_size == 1:
+        return model
+    refuse_for_ddp(model, options)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, process_group=mesh.dp_group, **options)
 
 
 def explain_ddp_error(exception: BaseException, module: nn.Module) -> None:
