@@ -1,4 +1,7 @@
-"""The order of the rooms: a file imports only from its own room and from rooms above it, and never in a circle."""
+"""The order of the rooms: a file imports only from its own room and from rooms above it, and never in a circle.
+
+And no file is too long to be one idea.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ ROOMS = (
     *("checkpoint", "proof", "recipe", "verification", "estimation", "strategies", "cli", "examples"),
 )
 """By stage: data goes one way, from the first to the last."""
+
+LONGEST = 400
+"""Lines that a file may have."""
 
 PACKAGE = "lightning_autotp"
 ROOT = Path(lightning_autotp.__file__).parent
@@ -102,3 +108,9 @@ def test_no_circle_joins_files() -> None:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
         pytest.fail(f"these files import each other: {' -> '.join(error.args[1])}")
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    lengths = {module: len(path.read_text().splitlines()) for module, path in files().items()}
+    long = [f"{module} has {lines} lines" for module, lines in lengths.items() if lines > LONGEST]
+    assert not long, f"more than {LONGEST} lines: {', '.join(long)}; split it by subject."

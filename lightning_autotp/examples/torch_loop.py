@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_autotp import parallelize
+from lightning_autotp.recipe.parallelize import parallelize
 from lightning_autotp.recipe.parallelized import Parallelized
 
 ACCUMULATE, STEPS, MAX_NORM = 2, 5, 0.5
 
 
 def train(run: Parallelized, optimizer: Optimizer, rows: Tensor, batch: int) -> list[Tensor]:
-    """Train on token ids ``rows [N, S]``, ``batch`` of them a replica and forward pass; returns this replica's losses."""
+    """Train on token ids ``rows [N, S]``, ``batch`` a replica and forward pass; returns the losses of this replica."""
     data, losses = TensorDataset(rows), []
     loader = DataLoader(data, batch, sampler=DistributedSampler(data, shuffle=False, **run.sampler_kwargs))
     for number, (tokens,) in enumerate(loader, start=1):

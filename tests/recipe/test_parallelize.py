@@ -27,7 +27,7 @@ from tests.helpers.sharded_runs import part_of
 
 STEPS, BATCH, VOCAB = torch_loop.STEPS, 6, 131
 LLAMA: dict[str, Any] = {"kv_heads": 2, "vocab": VOCAB}
-EXACT = {"lr": 1e-3, "eps": 1e-5}
+EXACT: dict[str, Any] = {"lr": 1e-3, "eps": 1e-5}
 
 
 @dataclass
@@ -55,8 +55,10 @@ def rows(steps: int, batch: int = BATCH) -> Tensor:
     return torch.randint(VOCAB, (steps * torch_loop.ACCUMULATE * batch, 12), generator=generator).to(rank_device())
 
 
-def unsharded(steps: int, **options: Any) -> Record:
-    model, record = tiny_llama(**LLAMA).to(rank_device()), Record()
+def unsharded(steps: int) -> Record:
+    model: Any = tiny_llama(**LLAMA)
+    model.to(rank_device())
+    record = Record()
     optimizer = AdamW(model.parameters(), **EXACT)
     record.watch(model, optimizer)
     for number, tokens in enumerate(rows(steps).split(BATCH), start=1):
@@ -153,7 +155,9 @@ def first_loss(run: Parallelized, tokens: Tensor) -> Tensor:
 
 @pytest.mark.ranks(4)
 def test_the_norm_is_that_of_the_unsharded_gradient_and_step_returns_it() -> None:
-    model, tokens = tiny_llama(**LLAMA).to(rank_device()), rows(1)[:BATCH]
+    model: Any = tiny_llama(**LLAMA)
+    tokens = rows(1)[:BATCH]
+    model.to(rank_device())
     model(input_ids=tokens, labels=tokens).loss.backward()
     want = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     run, optimizer, _ = start(4)
@@ -220,7 +224,8 @@ def test_torch_reads_a_checkpoint_into_an_unsharded_model(tmp_path: Path) -> Non
 
 @pytest.mark.ranks(2)
 def test_a_checkpoint_of_torch_and_a_full_state_are_read_into_a_sharded_model(tmp_path: Path) -> None:
-    model = tiny_llama(seed=1, **LLAMA).to(rank_device())
+    model: Any = tiny_llama(seed=1, **LLAMA)
+    model.to(rank_device())
     optimizer = AdamW(model.parameters(), **EXACT)
     tokens = rows(1)[:BATCH]
     model(input_ids=tokens, labels=tokens).loss.backward()
