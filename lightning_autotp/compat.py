@@ -128,9 +128,9 @@ def scaler_settings(scaler: Any) -> dict[str, Any]:
 optimizers_to_device = _optimizers_to_device
 
 
-def collect_random_state() -> dict[str, Any]:
-    """Collect the states of Python's, NumPy's and torch's random number generators."""
-    state: dict[str, Any] = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+def collect_random_state(*, include_cuda: bool) -> dict[str, Any]:
+    """Collect the states of Python's, NumPy's and torch's random number generators, and of those of all GPUs."""
+    state: dict[str, Any] = _collect_rng_states(include_cuda)
     return state
 
 

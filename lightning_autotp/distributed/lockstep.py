@@ -89,7 +89,7 @@ class Lockstep(Generic[T]):
             CollectiveMismatchError: if ranks ask for different collectives, with the line of each.
             Exception: the error of the first rank that failed, as it is.
         """
-        before = collect_random_state()
+        before = collect_random_state(include_cuda=torch.cuda.is_initialized())
         self._ranks = [_Rank(before) for _ in range(self.tp_size * self.dp_size)]
         self._failed = False
         threads = [
@@ -129,7 +129,7 @@ class Lockstep(Generic[T]):
         self._back.clear()
         rank.turn.set()
         self._back.wait()
-        rank.random_state = collect_random_state()
+        rank.random_state = collect_random_state(include_cuda=torch.cuda.is_initialized())
 
     def _exchange(self) -> bool:
         """Answer the calls that all their ranks have come to; whether there was one."""

@@ -10,7 +10,6 @@ from typing import Any, Literal, Optional, Union
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_autotp.compat import optimizers_to_device
 from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
@@ -245,7 +245,7 @@ class AutoTPStrategy(CheckpointStrategy):
             self._begin_fit(trainer, module, engine)
         self.setup_precision_plugin()
         if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard(self, module: LightningModule) -> Engine:
         """Shard and compile the module, unless an earlier run has done it."""

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lightning_autotp.compat import is_compiled_in_place
 from lightning_autotp.planning.blocks import cut_of, lists_around
 from lightning_autotp.plans.plan import ShardingPlan
 
@@ -11,7 +12,7 @@ def is_compiled(model: nn.Module) -> bool:
     if getattr(model, "_compiler_ctx", None) is not None:
         return True
     return any(
-        "_orig_mod" in m._modules or m._compiled_call_impl is not None or hasattr(m.forward, "get_compiler_config")
+        "_orig_mod" in m._modules or is_compiled_in_place(m) or hasattr(m.forward, "get_compiler_config")
         for m in model.modules()
     )
 
@@ -39,6 +40,6 @@ def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
     routed = [f"{boundary.module}." for boundary in plan.boundaries] if plan.sequence is None else []
     for path in lists:
         for name, block in model.get_submodule(path).named_children():
-            if block._compiled_call_impl is None:
+            if not is_compiled_in_place(block):
                 routes = any(module.startswith(f"{path}.{name}.") for module in routed)
                 block.compile(options={"deterministic": True} if routes else None)

@@ -1,13 +1,10 @@
 """Randomness of ranks that share a model."""
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 
+from lightning_autotp.compat import AnyDropout, collect_random_state, set_random_state
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
 
@@ -15,12 +12,11 @@ from lightning_autotp.plans.plan import ShardingPlan
 def share_random_state(mesh: Mesh, device: torch.device) -> None:
     """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
     cuda = device.type == "cuda"
-    states: list[Any] = [_collect_rng_states(include_cuda=False)]
-    states += [torch.cuda.get_rng_state(device)] if cuda else []
-    dist.broadcast_object_list(states, src=mesh.tp_source, group=mesh.tp_group)
-    _set_rng_states(states[0])
+    mine = collect_random_state(include_cuda=False), torch.cuda.get_rng_state(device) if cuda else None
+    shared, shared_cuda = mesh.collectives.broadcast_object(mine)
+    set_random_state(shared)
     if cuda:
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(shared_cuda, device)
 
 
 def warn_of_dropout(model: nn.Module, plan: ShardingPlan) -> None:
@@ -39,5 +35,5 @@ def warn_of_dropout(model: nn.Module, plan: ShardingPlan) -> None:
 def _drops(module: nn.Module) -> bool:
     names = ("attention_dropout", "attn_dropout", "dropout", "dropout_p")
     rates = [getattr(module, name, 0) for name in names]
-    rates += [m.p for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    rates += [m.p for m in module.modules() if isinstance(m, AnyDropout)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
