@@ -1,13 +1,14 @@
-"""What ``lightning-autotp verify`` and ``estimate`` take alike: rules, a preset, overlap."""
+"""What ``lightning-autotp verify`` and ``estimate`` take alike: rules, a preset, switches.
+
+An option that is not given is None: what the file of rules says then counts.
+"""
 
 import argparse
-import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_autotp.config.files import read_document
 from lightning_autotp.config.training_config import TPTrainingConfig
 
 
@@ -15,7 +16,13 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`config_of` reads."""
     parser.add_argument("--preset", metavar="NAME", help="preset_model")
     parser.add_argument("--rules", metavar="FILE", help="YAML or JSON: a partition_config, or a whole config")
-    parser.add_argument("--overlap", action="store_true", help="tp_overlap_comm")
+    add_switch(parser, "--overlap", help="with tp_overlap_comm")
+    add_switch(parser, "--sequence-parallel", help="with sequence_parallel")
+
+
+def add_switch(parser: argparse.ArgumentParser, option: str, help: str) -> None:  # noqa: A002 - argparse's name
+    """An option that turns a switch on, and one that turns off what the file of rules turns on."""
+    parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help)
 
 
 def config_of(options: argparse.Namespace) -> TPTrainingConfig:
@@ -25,17 +32,12 @@ def config_of(options: argparse.Namespace) -> TPTrainingConfig:
         ValueError: if it is wrong, with the field and the fix.
         FileNotFoundError: if the file of rules does not exist.
     """
-    given: dict[str, Any] = {}
-    if options.preset is not None:
-        given["preset_model"] = options.preset
-    if options.overlap:
-        given["tp_overlap_comm"] = True
+    switches = {"tp_overlap_comm": options.overlap, "sequence_parallel": options.sequence_parallel}
+    given: dict[str, Any] = {"preset_model": options.preset, **switches}
+    given = {name: value for name, value in given.items() if value is not None}
     if options.rules is None:
         return TPTrainingConfig.load(given)
-    if not Path(options.rules).is_file():
-        raise FileNotFoundError(f"rules: there is no file {options.rules!r}; give the path of a YAML or JSON file.")
-    text = Path(options.rules).read_text()
-    document = json.loads(text) if re.search(r"\.json$", options.rules) else yaml.safe_load(text)
-    if isinstance(document, dict) and "layer_specs" in document:
+    document = read_document(Path(options.rules), "rules")
+    if isinstance(document, Mapping) and "layer_specs" in document:
         return TPTrainingConfig.load({"partition_config": document, **given})
     return TPTrainingConfig.load(options.rules, **given)

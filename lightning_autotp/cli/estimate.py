@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-from lightning_autotp.cli.config_options import add_config_options, config_of
+from lightning_autotp.cli.config_options import add_config_options, add_switch, config_of
 from lightning_autotp.estimation.cost import estimate
 from lightning_autotp.estimation.hardware import GPUS, Machine
 from lightning_autotp.estimation.job import PRECISIONS, STAGES, Job
@@ -41,7 +41,6 @@ def _job(options: argparse.Namespace) -> Job:
         batch=options.batch,
         seq=options.seq,
         precision=options.precision,
-        sequence_parallel=options.sequence_parallel,
         loss_parallel=options.loss_parallel,
         checkpointing=options.checkpointing,
         own_loop=options.own_loop,
@@ -72,8 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, metavar="N", help="sequences a data parallel rank sees (1)")
     parser.add_argument("--seq", type=int, metavar="N", help="tokens a sequence (the model's longest, at most 4096)")
     parser.add_argument("--precision", default="bf16-true", help=f"{', '.join(PRECISIONS)} (bf16-true)")
-    parser.add_argument("--sequence-parallel", action="store_true", help="with sequence_parallel")
-    parser.add_argument("--loss-parallel", action="store_true", help="with loss_parallel")
+    add_switch(parser, "--loss-parallel", help="with loss_parallel")
     parser.add_argument(
         "--fused-loss", action="store_const", const="fused", dest="loss_parallel", help="with loss_parallel='fused'"
     )

@@ -27,12 +27,16 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     options = _parser().parse_args(args)
     sys.path.insert(0, os.getcwd())  # for module:factory, as python -m would
     sizes: list[int] = options.tp or ([2] if options.sweep is None else [2, 4])
+    try:
+        config = config_of(options)
+    except (ValueError, OSError) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 1
     settings = {
-        "config": config_of(options),
+        "config": config,
         "steps": options.steps,
         "tolerance": options.tolerance,
         "kv_heads": options.kv_heads,
-        "sequence_parallel": options.sequence_parallel,
         "timeout": options.timeout,
     }
     models = options.models + [name for name in options.model_types.split(",") if name]
@@ -84,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-types", default="", metavar="A,B,C", help="more model types")
     parser.add_argument("--tp", type=int, action="append", metavar="N", help="tensor parallel size; may be repeated")
     add_config_options(parser)
-    parser.add_argument("--sequence-parallel", action="store_true", help="run with sequence_parallel")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads of the small model (2)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="bound on gradients and weights (1e-3)")

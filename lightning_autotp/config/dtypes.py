@@ -1,12 +1,9 @@
 """Dtypes by name."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import torch
-from pydantic import (
-    BeforeValidator,
-    PlainSerializer,
-)
+from pydantic import BeforeValidator, PlainSerializer
 
 _DTYPES = {
     "fp16": torch.float16,
@@ -34,5 +31,7 @@ def parse_dtype(value: Any) -> torch.dtype:
 
 
 DType = Annotated[
-    torch.dtype, BeforeValidator(parse_dtype), PlainSerializer(lambda d: str(d).removeprefix("torch."), return_type=str)
+    torch.dtype,
+    BeforeValidator(parse_dtype, json_schema_input_type=Union[str, torch.dtype]),
+    PlainSerializer(lambda d: str(d).removeprefix("torch."), return_type=str),
 ]

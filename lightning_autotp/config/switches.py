@@ -1,6 +1,8 @@
-"""What the switches of the config may be set to."""
+"""What the switches and sizes of the config may be set to; nothing is converted, so that no typo turns one on."""
 
-from typing import Literal, Union
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, ValidationInfo
 
 LossParallel = Union[bool, Literal["fused"]]
 """What ``AutoTPStrategy(loss_parallel=...)`` takes."""
@@ -12,3 +14,35 @@ def check_loss_parallel(value: object) -> None:
     """Raise a ValueError unless ``value`` is a :data:`LossParallel`."""
     if not isinstance(value, bool) and value != FUSED:
         raise ValueError(f"loss_parallel: {value!r} is none of True, False and {FUSED!r}.")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise a ValueError, which names the field, unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is neither true nor false; write true or false, without quotes.")
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise a ValueError, which names the field, unless ``value`` is an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: {value!r} is not a whole number of ranks; write a number such as 4, without quotes.")
+
+
+def _switch(value: Any, info: ValidationInfo) -> Any:
+    check_switch(str(info.field_name), value)
+    return value
+
+
+def _size(value: Any, info: ValidationInfo) -> Any:
+    check_size(str(info.field_name), value)
+    return value
+
+
+def _loss_parallel(value: Any) -> Any:
+    check_loss_parallel(value)
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
+Size = Annotated[int, BeforeValidator(_size)]
+LossSwitch = Annotated[LossParallel, BeforeValidator(_loss_parallel)]

@@ -9,59 +9,46 @@ from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
-import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from lightning_autotp.config import deepspeed
+from lightning_autotp.config.descriptions import describe, with_entries
 from lightning_autotp.config.dtypes import DType
-from lightning_autotp.config.switches import LossParallel, check_loss_parallel
+from lightning_autotp.config.files import read_document
+from lightning_autotp.config.switches import LossSwitch, Size, Switch
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.specs.layer_spec import AutoTPConfig, nearest
-
-_IGNORED_FROM_DEEPSPEED = {
-    "tp_grain_size": "sizes that do not divide are cut unevenly by themselves",
-    "injection_policy_tuple": "rules go into `partition_config`",
-    "keep_module_on_host": "each rank moves only its own part to the device",
-    "replace_with_kernel_inject": "it concerns inference kernels",
-    "kernel_inject": "it concerns inference kernels",
-}
-
-_DEEPSPEED_TOP_LEVEL = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "zero_optimization",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-}
-"""Keys by which a DeepSpeed config is known."""
 
 
 class _Section(BaseModel):
     """A part of the config that refuses unknown fields by name and passes over DeepSpeed's that mean nothing here."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.__doc__ = with_entries(cls.__doc__ or "", describe(cls))
+
+    @classmethod
+    def spellings(cls) -> set[str]:
+        """The names and aliases of all fields."""
+        return {spelling for name, info in cls.model_fields.items() for spelling in (name, info.alias) if spelling}
 
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        known = {spelling for name, info in cls.model_fields.items() for spelling in (name, info.alias) if spelling}
+        known = cls.spellings()
+        if "loss_parallel" in known:
+            data = deepspeed.with_loss_parallel(data)
         kept = {}
         for name, value in data.items():
-            if name in _IGNORED_FROM_DEEPSPEED:
-                rank_zero_warn(f"`{name}` has no effect here: {_IGNORED_FROM_DEEPSPEED[name]}.")
+            if name in deepspeed.IGNORED:
+                rank_zero_warn(f"`{name}` has no effect here: {deepspeed.IGNORED[name]}.")
             elif name not in known:
                 raise ValueError(
                     f"unknown field {name!r}.{nearest(str(name), known)} Fields: {', '.join(cls.model_fields)}."
@@ -72,17 +59,16 @@ class _Section(BaseModel):
 
 
 class TPConfig(_Section):
-    """Where the tensor parallel group comes from.
+    """Where the tensor parallel group comes from."""
 
-    Args:
-        tp_size: the tensor parallel size, for configs that give it here. 1 beside an ``autotp_size`` says nothing.
-        mpu: an object with ``get_{model,data}_parallel_{rank,group,world_size}()``, whose groups are used.
-        tp_group: the tensor parallel process group of this rank, or a callable that returns it once processes run.
-    """
+    tp_size: Size = 1
+    """The tensor parallel size, for configs that give it here. 1 beside an ``autotp_size`` says nothing."""
 
-    tp_size: int = 1
     mpu: Any = None
+    """An object with ``get_{model,data}_parallel_{rank,group,world_size}()``, whose groups are used."""
+
     tp_group: Any = None
+    """The tensor parallel process group of this rank, or a callable that returns it once processes run."""
 
     @field_validator("tp_size")
     @classmethod
@@ -119,39 +105,49 @@ class TPConfig(_Section):
 class TPTrainingConfig(_Section):
     """Tensor parallel training, as DeepSpeed's ``tensor_parallel`` section says it.
 
-    Args:
-        autotp_size: the number of ranks that share one model; 0 and 1 turn tensor parallelism off.
-        dtype: the parameters' dtype, a ``torch.dtype`` or its name. Applied only where it is set.
-        tp_overlap_comm: overlap the all-reduce of the input gradient with the computation of the weight gradients.
-        partition_config: custom rules; the fields of :class:`~lightning_autotp.AutoTPConfig`.
-        preset_model: the name of a built-in preset, see :class:`~lightning_autotp.AutoTPPresets`.
-        tensor_parallel: nested :class:`TPConfig` (alias ``tp``).
-        sequence_parallel: between attention and MLP each rank holds its part of the tokens: less memory, the same
-            communication.
-        loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
-            the parts; see :func:`lightning_autotp.cross_entropy`. ``"fused"``: a Hugging Face model's head makes no
-            logits in training, and its loss is computed of what the head is given; see
-            :func:`lightning_autotp.linear_cross_entropy`. With one rank nothing changes.
-        compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
-        shard_saved_activations: of what checkpointed blocks keep for the backward pass, each rank keeps its part: less
-            memory, for one all-gather a block. Needs activation checkpointing and no ``sequence_parallel``.
-        check_agreement: compare the data, the loss and replicated gradients across tensor parallel ranks, once a run.
+    The words at each field are those of ``AutoTPStrategy``'s docstring and of the command line's help.
 
     Raises:
         pydantic.ValidationError: a ``ValueError`` that names the field and the fix.
     """
 
-    autotp_size: int = 0
+    autotp_size: Size = 0
+    """The number of ranks that share one model; 0 and 1 turn tensor parallelism off."""
+
     dtype: DType = torch.float16
-    tp_overlap_comm: bool = False
+    """The parameters' dtype, a ``torch.dtype`` or its name, as ``"bfloat16"``. Applied only where it is set, and needs
+    a Trainer precision that agrees with it."""
+
+    tp_overlap_comm: Switch = False
+    """Overlap the all-reduce of the input gradient with the computation of the weight gradients."""
+
     partition_config: Optional[dict[str, Any]] = None
+    """Custom rules; the fields of :class:`~lightning_autotp.AutoTPConfig`."""
+
     preset_model: Optional[str] = None
+    """The name of a built-in preset, see :class:`~lightning_autotp.AutoTPPresets`."""
+
     tensor_parallel: TPConfig = Field(default_factory=TPConfig, alias="tp")
-    sequence_parallel: StrictBool = False
-    loss_parallel: LossParallel = False
-    compile: StrictBool = False
-    shard_saved_activations: StrictBool = False
-    check_agreement: StrictBool = True
+    """Where the groups come from, see :class:`~lightning_autotp.TPConfig` (``tp`` is another name for it)."""
+
+    sequence_parallel: Switch = False
+    """Between attention and MLP each rank holds its part of the tokens: less memory, the same communication."""
+
+    loss_parallel: LossSwitch = False
+    """In training the model's head keeps this rank's part of the logits, and the loss is computed of the parts; see
+    :func:`lightning_autotp.cross_entropy`. ``"fused"``: a Hugging Face model's head makes no logits in training, and
+    its loss is computed of what the head is given; see :func:`lightning_autotp.linear_cross_entropy`. With one rank
+    nothing changes. DeepSpeed's ``vocab_parallel_lm_head`` means it."""
+
+    compile: Switch = False
+    """Compile the model's blocks one by one (``torch.compile``), once they are sharded."""
+
+    shard_saved_activations: Switch = False
+    """Of what checkpointed blocks keep for the backward pass, each rank keeps its part: less memory, for one all-gather
+    a block. Needs activation checkpointing and no ``sequence_parallel``."""
+
+    check_agreement: Switch = True
+    """Compare the data, the loss and replicated gradients across tensor parallel ranks, once a run."""
 
     @model_validator(mode="before")
     @classmethod
@@ -167,16 +163,24 @@ class TPTrainingConfig(_Section):
             raise ValueError(f"autotp_size: {size} is negative; 0 turns tensor parallelism off.")
         return size
 
-    @field_validator("loss_parallel", mode="before")
+    @field_validator("tensor_parallel", mode="before")
     @classmethod
-    def _known_loss(cls, value: Any) -> Any:
-        check_loss_parallel(value)
-        return value
+    def _is_nested(cls, nested: Any) -> Any:
+        if not isinstance(nested, (TPConfig, Mapping)):
+            raise ValueError(
+                f"tensor_parallel: {nested!r} is not a mapping with {', '.join(TPConfig.model_fields)}; the size alone"
+                " is `autotp_size`."
+            )
+        return nested
 
-    @field_validator("preset_model")
+    @field_validator("preset_model", mode="before")
     @classmethod
-    def _known_preset(cls, name: Optional[str]) -> Optional[str]:
+    def _known_preset(cls, name: Any) -> Any:
         if name is not None:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"preset_model: {name!r} is not a name; write one of {', '.join(AutoTPPresets.names())}."
+                )
             AutoTPPresets.get_preset(name)
         return name
 
@@ -227,57 +231,33 @@ class TPTrainingConfig(_Section):
             ValueError: on anything that is wrong in it, with the field and the fix.
             FileNotFoundError: if the file does not exist; the message has its path.
         """
-        if isinstance(source, TPTrainingConfig):
+        if isinstance(source, cls):
+            cls = type(source)  # with the fields that a subclass adds
             data: dict[str, Any] = {name: getattr(source, name) for name in source.model_fields_set}
         elif source is None:
             data = {}
-        elif isinstance(source, Mapping):
-            data = _section(source, "config")
+        elif isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            data = cls._section(read_document(path, "config"), str(path))
         else:
-            data = _section(_read(Path(source)), str(source))
+            data = cls._section(source, "config")
         # one thing may be said in two places: what the overrides say of it wins over both
         overridden = set(overrides)
-        if overridden & {"tp", "tensor_parallel"}:
-            overridden |= {"tp", "tensor_parallel", "autotp_size"}
+        for same in ({"tp", "tensor_parallel"}, {"loss_parallel", deepspeed.HEAD, deepspeed.BACKEND}):
+            overridden |= same if overridden & same else set()
+        if "tp" in overridden:
+            overridden |= {"autotp_size"}
         if "autotp_size" in overridden:
             data = {n: _without_size(v) if n in ("tp", "tensor_parallel") else v for n, v in data.items()}
         data = {name: value for name, value in data.items() if name not in overridden}
         return cls.model_validate({**data, **overrides})
+
+    @classmethod
+    def _section(cls, document: Any, where: str) -> dict[str, Any]:
+        return deepspeed.section_of(document, where, cls.spellings(), TPConfig.spellings())
 
 
 def _without_size(nested: Any) -> Any:
     if isinstance(nested, TPConfig):
         return nested.model_copy(update={"tp_size": 1})
     return {n: v for n, v in nested.items() if n != "tp_size"} if isinstance(nested, Mapping) else nested
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"config: there is no file {str(path)!r} (looked in {str(path.absolute().parent)!r}).")
-    try:
-        return json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config: {str(path)!r} cannot be read: {error}") from None
-
-
-def _section(document: Any, where: str) -> dict[str, Any]:
-    """The fields of ours in a document: its ``tensor_parallel`` section if it is a DeepSpeed config, else all of it.
-
-    ``tensor_parallel`` names both DeepSpeed's section and our nested field; what stands in it tells them apart.
-    """
-    if not isinstance(document, Mapping):
-        raise ValueError(f"config: {where!r} holds {type(document).__name__}, not a mapping of fields.")
-    ours = set(TPTrainingConfig.model_fields) | {"tp"}
-    nested = set(TPConfig.model_fields) | {"tp_grain_size"}
-    section = document.get("tensor_parallel")
-    is_deepspeed = isinstance(section, Mapping) and (not section or not set(section) <= nested)
-    if is_deepspeed and not (ours - {"tensor_parallel"}) & set(document):
-        return dict(section)  # type: ignore[arg-type]
-    if isinstance(section, Mapping) and set(document) & _DEEPSPEED_TOP_LEVEL:
-        return {"tensor_parallel": section}  # DeepSpeed's section, with fields of our nested one
-    if not ours & set(document) and document and not any(nearest(str(name), ours) for name in document):
-        raise ValueError(
-            f"config: {where!r} has {', '.join(map(repr, document))}, but neither a `tensor_parallel` section nor any"
-            f" of the fields {', '.join(sorted(ours))}."
-        )
-    return dict(document)

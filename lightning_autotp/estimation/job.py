@@ -5,7 +5,7 @@ from typing import Optional
 
 import torch
 
-from lightning_autotp.config.switches import LossParallel, check_loss_parallel
+from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.config.training_config import TPTrainingConfig
 
 PRECISIONS = {
@@ -32,12 +32,13 @@ class Job:
         batch: sequences (or images) a data parallel rank sees in a step; 1 unless a factory brings its own.
         seq: tokens a sequence; the model's longest, at most 4096, unless a factory brings its own.
         precision: the Trainer's, of :data:`PRECISIONS`.
-        sequence_parallel: as ``AutoTPStrategy`` takes it.
-        loss_parallel: as ``AutoTPStrategy`` takes it.
+        sequence_parallel: as ``AutoTPStrategy`` takes it; None where ``config`` says it.
+        loss_parallel: as ``AutoTPStrategy`` takes it; None where ``config`` says it.
         checkpointing: Hugging Face's gradient checkpointing.
         own_loop: gradients are freed before the forward pass, as in a loop of one's own; Lightning's Trainer frees
             them after it.
-        config: rules, preset and overlap; its size does not matter.
+        config: rules, preset and switches, in any form that ``TPTrainingConfig.load`` takes; its size does not matter.
+            Once the job is made it is a :class:`~lightning_autotp.TPTrainingConfig` that has the two switches above.
 
     Raises:
         ValueError: on a size or a name that cannot be; the message names the field and the fix.
@@ -50,25 +51,22 @@ class Job:
     batch: Optional[int] = None
     seq: Optional[int] = None
     precision: str = "bf16-true"
-    sequence_parallel: bool = False
-    loss_parallel: LossParallel = False
+    sequence_parallel: Optional[bool] = None
+    loss_parallel: Optional[LossParallel] = None
     checkpointing: bool = False
     own_loop: bool = False
     config: TPTrainingConfig = field(default_factory=TPTrainingConfig)
-
-    @property
-    def switches(self) -> TPTrainingConfig:
-        """The config that is in force: its own switches, and those of the job."""
-        sequence = self.sequence_parallel or self.config.sequence_parallel
-        loss = self.loss_parallel or self.config.loss_parallel
-        return self.config.model_copy(update={"sequence_parallel": sequence, "loss_parallel": loss})
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "batch", "seq"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}: {size} is not a positive number; give 1 or more.")
-        check_loss_parallel(self.loss_parallel)
+        switches = {"sequence_parallel": self.sequence_parallel, "loss_parallel": self.loss_parallel}
+        given = {name: value for name, value in switches.items() if value is not None}
+        object.__setattr__(self, "config", TPTrainingConfig.load(self.config, **given))
+        for name in switches:
+            object.__setattr__(self, name, getattr(self.config, name))
         if self.zero not in STAGES:
             raise ValueError(f"zero: there is no stage {self.zero}; give one of {', '.join(map(str, STAGES))}.")
         if self.precision not in PRECISIONS:

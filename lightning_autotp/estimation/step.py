@@ -99,9 +99,9 @@ def run_step(job: Job) -> Step:
 def _run_step(job: Job) -> Step:
     dtype, _ = PRECISIONS[job.precision]
     model, batch = build(job.model, dtype=dtype, batch=job.batch, seq=job.seq, checkpointing=job.checkpointing)
-    plan = make_plan(model, job.switches, job.tp)
+    plan = make_plan(model, job.config, job.tp)
     mesh, recorder = recording_mesh(silent_mesh(job.tp))
-    shard(model, plan, mesh, job.switches, device=torch.device("cpu"))
+    shard(model, plan, mesh, job.config, device=torch.device("cpu"))
     tracker = _tracked(model, batch, job, recorder)
     tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
     found = (tracker.forward, tracker.kept, tracker.backward, tracker.work, recorder.counts)

@@ -30,6 +30,7 @@ from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.engine import Engine, plan_once
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
+from lightning_autotp.strategies.arguments import takes_fields_of
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
 from lightning_autotp.strategies.validation import apply_dtype, check_processes, known_arguments, refuse_callbacks
 from lightning_autotp.training.compile import compile_blocks
@@ -42,32 +43,17 @@ from lightning_autotp.training.data_parallel import (
 )
 
 
+@takes_fields_of(TPTrainingConfig)
 class AutoTPStrategy(CheckpointStrategy):
     """Tensor parallel training of any LightningModule, with data parallelism over the remaining processes.
 
     Args:
         config: a :class:`~lightning_autotp.TPTrainingConfig`, a dict of its fields, or the path of a YAML or JSON file
-            (a DeepSpeed config is read as it is). The arguments below win over it.
-        autotp_size: the number of ranks that share one model; 0 and 1 turn tensor parallelism off.
-        dtype: the parameters' dtype, as ``"bfloat16"``; needs a Trainer precision that agrees with it.
-        tp_overlap_comm: overlap the backward all-reduce with the computation of the weight gradients.
-        partition_config: custom rules.
-        preset_model: the name of a built-in preset.
-        tensor_parallel: where the groups come from, see :class:`~lightning_autotp.TPConfig`.
-        sequence_parallel: between attention and MLP each rank holds its part of the tokens: less memory, the same
-            communication.
-        loss_parallel: in training the model's head keeps this rank's part of the logits, and the loss is computed of
-            the parts; see :func:`lightning_autotp.cross_entropy`. ``"fused"``: a Hugging Face model's head makes no
-            logits in training, and its loss is computed of what the head is given; see
-            :func:`lightning_autotp.linear_cross_entropy`. With one rank nothing changes.
-        compile: compile the model's blocks one by one (``torch.compile``), once they are sharded.
-        shard_saved_activations: of what checkpointed blocks keep for the backward pass, each rank keeps its part: less
-            memory, for one all-gather a block. Needs activation checkpointing and no ``sequence_parallel``.
+            (a DeepSpeed config is read as it is). Its fields are arguments, too, which win over it.
         save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
             a plain Trainer reads (False).
         exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
             its adapters); a resumed run takes them from the model as it was built.
-        check_agreement: compare the data, the loss and replicated gradients across tensor parallel ranks, once a run.
         process_group_backend: the backend of all groups; by default gloo on CPU and nccl on CUDA.
         timeout: how long a collective may wait for its peers.
         start_method: how Lightning starts processes where nothing else does.
@@ -109,22 +95,8 @@ class AutoTPStrategy(CheckpointStrategy):
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters
         others = known_arguments([name for name in ours if name not in ("self", "kwargs")], kwargs)
-        given = {
-            "autotp_size": autotp_size,
-            "dtype": dtype,
-            "tp_overlap_comm": tp_overlap_comm,
-            "partition_config": partition_config,
-            "preset_model": preset_model,
-            "tensor_parallel": tensor_parallel,
-            "sequence_parallel": sequence_parallel,
-            "loss_parallel": loss_parallel,
-            "compile": compile,
-            "shard_saved_activations": shard_saved_activations,
-            "check_agreement": check_agreement,
-        }
-        self.config = TPTrainingConfig.load(
-            config, **{name: value for name, value in given.items() if value is not None}
-        )
+        # the decorator has merged the arguments that are fields into `config`; they are listed for editors
+        self.config = TPTrainingConfig.load(config)
         super().__init__(
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -371,8 +343,10 @@ class AutoTPStrategy(CheckpointStrategy):
         names; with neither, all devices of a node share one model.
         """
         size, config = os.environ.get("LIGHTNING_AUTOTP_SIZE"), os.environ.get("LIGHTNING_AUTOTP_CONFIG")
-        if size is not None and not size.isdigit():
+        if size is not None and not size.isdecimal():
             raise ValueError(f"LIGHTNING_AUTOTP_SIZE: {size!r} is not a number of ranks.")
+        if config == "":
+            raise ValueError("LIGHTNING_AUTOTP_CONFIG: it is empty; give the path of a YAML or JSON file, or unset it.")
         strategy = cls(config=config, autotp_size=None if size is None else int(size))
         strategy._all_devices = size is None and config is None
         return strategy

@@ -30,7 +30,7 @@ def verify(
     steps: int = 3,
     tolerance: float = TOLERANCE,
     kv_heads: int = 2,
-    sequence_parallel: bool = False,
+    sequence_parallel: Optional[bool] = None,
     timeout: float = 120.0,
     pool: Optional[Pool] = None,
 ) -> Report:
@@ -44,18 +44,20 @@ def verify(
             dicts of keyword arguments with which ``model(**batch)`` is the loss, or has it as ``loss``. It is called in
             every rank, after ``torch.manual_seed(0)``.
         tp_size: the tensor parallel size; what ``config`` says of it does not matter.
-        config: rules, preset and overlap, as ``AutoTPStrategy`` takes them.
+        config: rules, preset and switches, as ``AutoTPStrategy`` takes them.
         steps: optimizer steps (AdamW).
         tolerance: the bound on the errors of gradients and weights; that of the loss is 1e-4.
         kv_heads: key and value heads of the small model.
-        sequence_parallel: whether to run with it.
+        sequence_parallel: whether to run with it; None where ``config`` says it.
         timeout: seconds that a run may take.
         pool: processes to use; None starts some and ends them.
 
     Raises:
         ValueError: if ``config`` is wrong. What a model or its plan raises is in the report.
     """
-    case = Case(str(model), tp_size, TPTrainingConfig.load(config), steps, kv_heads, sequence_parallel)
+    given = {} if sequence_parallel is None else {"sequence_parallel": sequence_parallel}
+    loaded = TPTrainingConfig.load(config, **given)
+    case = Case(str(model), tp_size, loaded, steps, kv_heads, loaded.sequence_parallel)
     started = time.monotonic()
 
     def report(verdict: Verdict, **found: Any) -> Report:

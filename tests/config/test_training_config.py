@@ -381,11 +381,11 @@ def rule(**options: Any) -> dict[str, Any]:
             r" deepseek_v2, qwen2, phi3",
         ),
         ({"preset_model": "zzz"}, r"there is no preset 'zzz'\. Presets: llama"),
-        ({"preset_model": 3}, r"preset_model\n.*valid string"),
+        ({"preset_model": 3}, r"preset_model: 3 is not a name; write one of llama, bloom"),
         # sizes
         ({"autotp_size": -1}, r"autotp_size: -1 is negative; 0 turns tensor parallelism off"),
-        ({"autotp_size": "four"}, r"autotp_size\n.*valid integer"),
-        ({"autotp_size": 2.5}, r"autotp_size\n.*valid integer"),
+        ({"autotp_size": "four"}, r"autotp_size: 'four' is not a whole number of ranks; write a number"),
+        ({"autotp_size": 2.5}, r"autotp_size: 2\.5 is not a whole number of ranks"),
         ({"tp": {"tp_size": -1}}, r"tp\.tp_size\n.*tp_size: -1 is not a positive number of ranks"),
         ({"tensor_parallel": {"tp_size": -1}}, r"tensor_parallel\.tp_size\n.*tp_size: -1 is not a positive"),
         ({"tensor_parallel": {"tp_size": 0}}, r"tensor_parallel\.tp_size\n.*tp_size: 0 is not a positive"),
@@ -430,8 +430,8 @@ def rule(**options: Any) -> dict[str, Any]:
             {"tp": {"tp_size": 2}, "tensor_parallel": {"tp_size": 2}},
             r"tp and tensor_parallel are two names of one field",
         ),
-        ({"tensor_parallel": 4}, r"tensor_parallel\n.*valid dictionary or instance of TPConfig"),
-        ({"tp_overlap_comm": "maybe"}, r"tp_overlap_comm\n.*valid boolean"),
+        ({"tensor_parallel": 4}, r"tensor_parallel: 4 is not a mapping with tp_size, mpu, tp_group; the size alone"),
+        ({"tp_overlap_comm": "maybe"}, r"tp_overlap_comm: 'maybe' is neither true nor false"),
     ],
 )
 def test_mistake_is_refused_in_a_sentence_that_names_the_field(given: dict[str, Any], message: str) -> None:
@@ -439,48 +439,3 @@ def test_mistake_is_refused_in_a_sentence_that_names_the_field(given: dict[str, 
         load(given)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         load(None, **given)
-
-
-@pytest.mark.parametrize("name", ["none.yaml", "none.json", "folder/none.yaml", "."])
-def test_config_file_that_does_not_exist_is_named(name: str, tmp_path: Path) -> None:
-    for source in (tmp_path / name, str(tmp_path / name)):
-        with pytest.raises(FileNotFoundError, match=r"^config: there is no file") as caught:
-            load(source)
-        assert str(source) in str(caught.value)
-
-
-def test_relative_config_file_that_does_not_exist_is_named_with_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there is no file 'none\.yaml'") as caught:
-        load("none.yaml")
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("bad.yaml", "autotp_size: [2", r"bad\.yaml.* cannot be read: "),
-        ("bad.json", '{"autotp_size": 2,}', r"bad\.json.* cannot be read: "),
-        ("list.yaml", "- autotp_size\n", r"list\.yaml.* holds list, not a mapping of fields"),
-        ("empty.yaml", "", r"empty\.yaml.* holds NoneType, not a mapping of fields"),
-        ("text.yaml", "llama\n", r"text\.yaml.* holds str, not a mapping of fields"),
-        ("ours.yaml", "autotp_sise: 2\n", r"unknown field 'autotp_sise'\. Did you mean 'autotp_size'"),
-        (
-            "other.json",
-            '{"zero": 1, "fp16": {}}',
-            r"other\.json.* neither a `tensor_parallel` section nor any of the fields",
-        ),
-    ],
-)
-def test_config_file_that_cannot_be_used_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        load(path)
-
-
-def test_deepspeed_file_without_a_section_is_not_taken_for_one_that_turns_it_off(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tensor_parallel"):
-        load(written(tmp_path, "ds.json", {"train_batch_size": 8, "zero_optimization": {"stage": 1}}))
