@@ -9,16 +9,27 @@ from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_autotp.cli import estimate, verify
+from lightning_autotp.config.files import check_keys
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.strategies.trainer import AutoTPStrategy
 
 _ANYWHERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.precision=32-true"]
 """A plan needs none of the machine that the config is written for."""
+
+
+_MODE = "yaml_once"
+
+
+def _load(text: str) -> Any:
+    check_keys(text)
+    return get_loader("yaml")(text)
 
 
 class PlanningTrainer(Trainer):
@@ -51,7 +62,11 @@ class PlanningTrainer(Trainer):
 
 
 class AutoTPCLI(LightningCLI):
-    """LightningCLI with the ``plan`` subcommand."""
+    """LightningCLI with the ``plan`` subcommand, for YAML that says nothing twice."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        set_loader(_MODE, _load, exceptions=(yaml.YAMLError,))
+        return super().init_parser(**kwargs, parser_mode=_MODE)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

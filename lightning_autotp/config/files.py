@@ -22,9 +22,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _DoubleKeyError(Exception):
+class _DoubleKeyError(yaml.YAMLError):
     def __init__(self, name: Any, where: str = "") -> None:
         super().__init__(f"says {name!r} twice{where}; leave one of them out.")
+
+
+def check_keys(text: str) -> None:
+    """Raise a ``yaml.YAMLError`` unless ``text`` is YAML that has each key of a mapping once."""
+    try:
+        yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deep") from None
 
 
 def read_document(path: Path, what: str) -> Any:
