@@ -231,8 +231,8 @@ class TPTrainingConfig(_Section):
             ValueError: on anything that is wrong in it, with the field and the fix.
             FileNotFoundError: if the file does not exist; the message has its path.
         """
-        if isinstance(source, cls):
-            cls = type(source)  # with the fields that a subclass adds
+        if isinstance(source, TPTrainingConfig):
+            cls = type(source) if isinstance(source, cls) else cls  # the one with more fields
             data: dict[str, Any] = {name: getattr(source, name) for name in source.model_fields_set}
         elif source is None:
             data = {}

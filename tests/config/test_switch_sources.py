@@ -323,6 +323,13 @@ def test_a_new_field_arrives_from_every_source(source: str, tmp_path: Path, monk
     assert config.model_fields_set >= {"autotp_size", "further"} and config.size == 4
 
 
+def test_a_config_without_the_new_field_is_taken_too() -> None:
+    config = WideStrategy(TPTrainingConfig(autotp_size=4), further=True).config
+    assert isinstance(config, Wide) and (config.size, config.further) == (4, True)
+    assert isinstance(Wide.load(TPTrainingConfig()), Wide)
+    assert TPTrainingConfig.load(config, autotp_size=2) == Wide(autotp_size=2, further=True)
+
+
 def test_a_new_field_arrives_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIGHTNING_AUTOTP_CONFIG", yaml_file({"further": True}, tmp_path))
     config = WideStrategy.from_environment().config
