@@ -39,13 +39,6 @@ class Case:
     config: TPTrainingConfig
     steps: int
     kv_heads: int
-    sequence_parallel: bool = False
-
-    @property
-    def switches(self) -> TPTrainingConfig:
-        """The config that is in force."""
-        on = self.sequence_parallel or self.config.sequence_parallel
-        return self.config.model_copy(update={"sequence_parallel": on})
 
     @property
     def unsharded(self) -> tuple[Any, ...]:
@@ -167,8 +160,8 @@ def measure(rank: int, case: Case, path: str) -> Measured:
     full = {name: p.numel() for name, p in model.named_parameters()}
     mesh = build_mesh(case.tp_size, TPConfig())
     try:
-        plan = make_plan(model, case.switches, case.tp_size)
-        shard(model, plan, mesh, case.switches, device=torch.device("cpu"))
+        plan = make_plan(model, case.config, case.tp_size)
+        shard(model, plan, mesh, case.config, device=torch.device("cpu"))
     except ValueError as error:
         raise Refused(str(error)) from error
     got, want, layouts = _train(model, batches, case.steps), _read(path), plan.layouts

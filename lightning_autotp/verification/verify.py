@@ -57,7 +57,7 @@ def verify(
     """
     given = {} if sequence_parallel is None else {"sequence_parallel": sequence_parallel}
     loaded = TPTrainingConfig.load(config, **given)
-    case = Case(str(model), tp_size, loaded, steps, kv_heads, loaded.sequence_parallel)
+    case = Case(str(model), tp_size, loaded, steps, kv_heads)
     started = time.monotonic()
 
     def report(verdict: Verdict, **found: Any) -> Report:
