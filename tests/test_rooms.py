@@ -6,6 +6,7 @@ And no file is too long to be one idea.
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -114,3 +115,8 @@ def test_no_file_is_longer_than_one_idea() -> None:
     lengths = {module: len(path.read_text().splitlines()) for module, path in files().items()}
     long = [f"{module} has {lines} lines" for module, lines in lengths.items() if lines > LONGEST]
     assert not long, f"more than {LONGEST} lines: {', '.join(long)}; split it by subject."
+
+
+def test_the_strategy_is_hooks_of_a_few_lines() -> None:
+    lines = len(inspect.getsource(lightning_autotp.AutoTPStrategy).splitlines())
+    assert lines < 300, f"AutoTPStrategy has {lines} lines; what is done around a step belongs into recipe/engine.py."

@@ -5,12 +5,9 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, Optional, Union
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -19,13 +16,12 @@ from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_autotp.compat import optimizers_to_device
 from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
-from lightning_autotp.distributed.mesh import Mesh, build_mesh
+from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.engine import Engine, plan_once
 from lightning_autotp.sharding.shard import shard
@@ -109,7 +105,6 @@ class AutoTPStrategy(CheckpointStrategy):
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._all_devices = False
-        self._mesh: Optional[Mesh] = None
         self._engine: Optional[Engine] = None
 
     def __repr__(self) -> str:
@@ -125,38 +120,6 @@ class AutoTPStrategy(CheckpointStrategy):
         assert self._engine is not None
         return self._engine
 
-    # -- where this process stands ------------------------------------------------------------------------------------
-
-    @property
-    def tp_size(self) -> int:
-        """The tensor parallel size."""
-        return self.mesh.tp_size
-
-    @property
-    def tp_rank(self) -> int:
-        """This process's rank among those that share its model."""
-        return self.mesh.tp_rank
-
-    @property
-    def dp_size(self) -> int:
-        """The data parallel size."""
-        return self.mesh.dp_size
-
-    @property
-    def dp_rank(self) -> int:
-        """This process's rank among those that hold the same part of the model."""
-        return self.mesh.dp_rank
-
-    @property
-    @override
-    def is_distributed(self) -> bool:
-        return True
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
-
     # -- processes ----------------------------------------------------------------------------------------------------
 
     @override
@@ -171,25 +134,6 @@ class AutoTPStrategy(CheckpointStrategy):
             self._ddp_kwargs["process_group"] = self._mesh.dp_group
             if self._ddp_comm_hook is not None:
                 self._ddp_comm_state = hook_state_over_dp(self._ddp_comm_state, self._mesh)
-
-    @override
-    def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
-        # metrics are alike on the ranks that share a model: only data parallel replicas add to them
-        return super().reduce(tensor, self.mesh.dp_group if group is None else group, reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes)
-        return bool(votes == dist.get_world_size()) if all else bool(votes)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        # Lightning seeds workers by global rank; ranks that share a model must draw the same augmentations
-        seeds_workers = os.environ.get("PL_SEED_WORKERS", "0") == "1"
-        if seeds_workers and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
-            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
-        return super().process_dataloader(dataloader)
 
     # -- the model ----------------------------------------------------------------------------------------------------
 

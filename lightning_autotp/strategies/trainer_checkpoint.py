@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
@@ -13,13 +11,13 @@ from typing_extensions import override
 from lightning_autotp.checkpoint.distributed import load_directory, save_directory
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, local_checkpoint, optimizer_names
 from lightning_autotp.distributed.errors import raised_together
-from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.state import sharded
+from lightning_autotp.strategies.trainer_mesh import MeshStrategy
 from lightning_autotp.training.consistency import require_alike
 
 
-class CheckpointStrategy(DDPStrategy):
+class CheckpointStrategy(MeshStrategy):
     """Saves and loads the unsharded model's checkpoints, as a directory or as one file.
 
     ``AutoTPStrategy`` is this and all the rest; it sets ``_save_distributed_checkpoint`` and
@@ -28,25 +26,12 @@ class CheckpointStrategy(DDPStrategy):
 
     _save_distributed_checkpoint: bool
     _exclude_frozen_parameters: bool
-    _mesh: Optional[Mesh]
-
-    @property
-    def mesh(self) -> Mesh:
-        """The process groups and this process's place in them; known once processes run."""
-        if self._mesh is None:
-            raise RuntimeError("the process groups are made when the Trainer starts; they cannot be asked for before.")
-        return self._mesh
 
     @property
     def plan(self) -> Optional[ShardingPlan]:
         """What was cut, once setup has sharded the model."""
         found = None if self.lightning_module is None else sharded(self.lightning_module)
         return None if found is None else found.plan
-
-    @property
-    def _module(self) -> LightningModule:
-        assert self.lightning_module is not None
-        return self.lightning_module
 
     @property
     @override

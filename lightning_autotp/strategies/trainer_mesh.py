@@ -1,0 +1,82 @@
+"""What a Lightning strategy knows of where its process stands, and over which processes it reduces."""
+
+import os
+from functools import partial
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_autotp.distributed.mesh import Mesh
+
+
+class MeshStrategy(DDPStrategy):
+    """Splits data and reduces metrics over data parallel replicas: ranks that share a model see the same data."""
+
+    _mesh: Optional[Mesh] = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The process groups and this process's place in them; known once processes run."""
+        if self._mesh is None:
+            raise RuntimeError("the process groups are made when the Trainer starts; they cannot be asked for before.")
+        return self._mesh
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def tp_size(self) -> int:
+        """The tensor parallel size."""
+        return self.mesh.tp_size
+
+    @property
+    def tp_rank(self) -> int:
+        """This process's rank among those that share its model."""
+        return self.mesh.tp_rank
+
+    @property
+    def dp_size(self) -> int:
+        """The data parallel size."""
+        return self.mesh.dp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's rank among those that hold the same part of the model."""
+        return self.mesh.dp_rank
+
+    @property
+    @override
+    def is_distributed(self) -> bool:
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    @override
+    def reduce(self, tensor: Any, group: Optional[Any] = None, reduce_op: Any = "mean") -> Any:
+        # metrics are alike on the ranks that share a model: only data parallel replicas add to them
+        return super().reduce(tensor, self.mesh.dp_group if group is None else group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return bool(votes == dist.get_world_size()) if all else bool(votes)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning seeds workers by global rank; ranks that share a model must draw the same augmentations
+        seeds_workers = os.environ.get("PL_SEED_WORKERS", "0") == "1"
+        if seeds_workers and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
+            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
+        return super().process_dataloader(dataloader)
