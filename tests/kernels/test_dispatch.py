@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_autotp import parallel
+from lightning_autotp import kernels as room
 from lightning_autotp.kernels.dispatch import kernels_of, load_kernels
 
 
@@ -30,8 +30,8 @@ class Driver:
 
 def test_without_a_triton_that_works_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     load: Callable[[str], Any] = load_kernels.__wrapped__
-    name = f"{parallel.__name__}.cross_entropy_kernels"
-    monkeypatch.delattr(parallel, "cross_entropy_kernels", raising=False)
+    name = f"{room.__name__}.cross_entropy"
+    monkeypatch.delattr(room, "cross_entropy", raising=False)
     monkeypatch.setitem(sys.modules, name, None)  # as if importing it failed
     assert load("cross_entropy") is None
     kernels = SimpleNamespace(triton=SimpleNamespace(runtime=SimpleNamespace(driver=Driver())))
