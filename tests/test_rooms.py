@@ -1,12 +1,12 @@
 """The order of the rooms: a file imports only from its own room and from rooms above it, and never in a circle.
 
-And no file is too long to be one idea.
+And that no test file imports another one.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -29,16 +29,16 @@ PACKAGE = "lightning_autotp"
 ROOT = Path(lightning_autotp.__file__).parent
 
 
-def imports(source: str, module: str) -> Iterator[str]:
-    """The modules of the package that ``source`` imports, inside functions and under TYPE_CHECKING, too."""
+def imports(source: str, module: str, package: str = PACKAGE) -> Iterator[str]:
+    """The modules of ``package`` that ``source`` imports, inside functions and under TYPE_CHECKING, too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE)
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == package)
         elif isinstance(node, ast.ImportFrom):
             # a relative import starts at the package that holds `module`
             base = ".".join(module.split(".")[: -node.level]) if node.level else ""
             name = ".".join(filter(None, (base, node.module)))
-            if name.split(".")[0] == PACKAGE:
+            if name.split(".")[0] == package:
                 yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
@@ -111,12 +111,36 @@ def test_no_circle_joins_files() -> None:
         pytest.fail(f"these files import each other: {' -> '.join(error.args[1])}")
 
 
-def test_no_file_is_longer_than_one_idea() -> None:
-    lengths = {module: len(path.read_text().splitlines()) for module, path in files().items()}
-    long = [f"{module} has {lines} lines" for module, lines in lengths.items() if lines > LONGEST]
-    assert not long, f"more than {LONGEST} lines: {', '.join(long)}; split it by subject."
+def imports_of_test_files(modules: dict[str, str]) -> list[str]:
+    """A sentence for each import, in files of tests/ given as source by name, of a file that holds tests."""
+    return [
+        f"{module} imports {found.group()}; what both need goes into tests/helpers."
+        for module, source in modules.items()
+        for imported in imports(source, module, package="tests")
+        if (found := re.match(r"tests\.(\w+\.)*test_\w+", imported))
+    ]
 
 
-def test_the_strategy_is_hooks_of_a_few_lines() -> None:
-    lines = len(inspect.getsource(lightning_autotp.AutoTPStrategy).splitlines())
-    assert lines < 300, f"AutoTPStrategy has {lines} lines; what is done around a step belongs into recipe/engine.py."
+def test_no_test_file_imports_another() -> None:
+    folder = Path(__file__).parent
+    modules = {
+        ".".join(("tests", *path.relative_to(folder).with_suffix("").parts)): path.read_text()
+        for path in sorted(folder.rglob("*.py"))
+    }
+    wrong = imports_of_test_files(modules)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tests.parity.test_fit import CASES",
+        "from tests.parity import test_fit as fit",
+        "import tests.parity.test_fit",
+        "def f():\n    from .test_fit import CASES",
+        "from ..parity.test_fit import CASES",
+    ],
+)
+def test_an_import_of_a_test_file_is_named_with_both_files(line: str) -> None:
+    (wrong,) = imports_of_test_files({"tests.parity.test_presets": line})
+    assert wrong.startswith("tests.parity.test_presets imports tests.parity.test_fit;")

@@ -15,6 +15,7 @@ from lightning_autotp.plans.plan import ParameterPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -140,3 +141,8 @@ def language_model(tied: bool = False, vocab: int = 65) -> nn.ModuleDict:
 
 def parts_of(layout_owner: ParameterPlan, full: Tensor) -> list[Tensor]:
     return [layout_owner.layout.shard(full, rank) for rank in range(layout_owner.layout.tp_size)]
+
+
+def config_plan(model: nn.Module, tp_size: int = 2, **config: Any) -> ShardingPlan:
+    """The plan for ``config``, the fields of a TPTrainingConfig; its warnings are given."""
+    return make_plan(model, TPTrainingConfig(autotp_size=tp_size, **config))

@@ -17,9 +17,9 @@ from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.kernels.dispatch import DTYPES
 from lightning_autotp.losses import vocab_parallel_cross_entropy as room
 from lightning_autotp.losses.vocab_parallel_cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
+from tests.helpers import fused_head as head
+from tests.helpers import vocab_logits as whole
 from tests.helpers.rank_pool import rank_device
-from tests.losses import test_vocab_parallel_cross_entropy as whole
-from tests.losses import test_vocab_parallel_linear_cross_entropy as head
 
 kernels: Any = pytest.importorskip(
     "lightning_autotp.kernels.cross_entropy", reason="the kernels need Triton, which is not installed"

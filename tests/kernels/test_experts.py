@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_autotp.kernels.dispatch import DTYPES, kernels_of
 from lightning_autotp.parallel import experts as room
+from tests.helpers import grouped_experts as whole
 from tests.helpers.closeness import assert_close
 from tests.helpers.rank_pool import rank_device
-from tests.parallel import test_experts as whole
 
 kernels: Any = pytest.importorskip(
     "lightning_autotp.kernels.experts", reason="the kernels need Triton, which is not installed"

@@ -8,110 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lightning_autotp import AutoTPStrategy, TPConfig, cross_entropy
-from lightning_autotp.config.switches import LossParallel
-from lightning_autotp.distributed.mesh import build_mesh
-from lightning_autotp.layout.layout import Layout, even_widths
+from lightning_autotp import AutoTPStrategy, cross_entropy
+from lightning_autotp.layout.layout import even_widths
 from lightning_autotp.losses import vocab_parallel_cross_entropy as room
 from lightning_autotp.losses.loss_parallel import _ParallelLoss, parallel_hf_loss
 from lightning_autotp.model_sources.small import small_config, small_model
-from lightning_autotp.parallel.linear import ColumnParallelLinear
-from tests.helpers import models
 from tests.helpers.closeness import assert_close
-from tests.helpers.models import LanguageModel, quiet_trainer, tiny_llama, token_batches
+from tests.helpers.loss_runs import CASES, LossModel, adapted_head, check_run, of_type, saved_head, setup_error
+from tests.helpers.models import quiet_trainer, tiny_llama, token_batches
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharded_runs import (
     ACCUMULATE,
     CLIP,
-    RecordedModel,
     assert_parity,
     batches_for,
     reference_run,
 )
-from tests.parity.test_fit import HAND_WRITTEN
-
-VOCABULARY = 131  # no number of ranks divides it
-
-
-def sharded_head(width: int = 3, vocabulary: int = VOCABULARY) -> Any:
-    """A head that is cut over all ranks of the test and keeps its part of the logits."""
-    size = dist.get_world_size()
-    head = nn.Linear(width, vocabulary, bias=False).to(rank_device())
-    layout = Layout.cut((vocabulary, width), 0, size, [even_widths(vocabulary, size)])
-    mesh = build_mesh(size, TPConfig())
-    head.weight.data = layout.shard(head.weight.data, mesh.tp_rank)
-    return ColumnParallelLinear.convert(head, mesh, layout, overlap=False, gather=True)
-
-
-def part(head: Any, logits: Tensor) -> Tensor:
-    ((start, length),) = head.layout.parts[head.mesh.tp_rank]
-    return logits.detach()[..., start : start + length].clone().requires_grad_()
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Logits ``[*shape, V]`` and targets ``shape``, of which every fifth does not count."""
-    generator = torch.Generator().manual_seed(0)
-    logits = scale * torch.randn(*shape, VOCABULARY, generator=generator, dtype=torch.float64)
-    target = torch.randint(VOCABULARY, shape, generator=generator)
-    target.view(-1)[::5] = -100
-    return logits.to(rank_device(), dtype), target.to(rank_device())
-
-
-def wanted(
-    logits: Tensor, target: Tensor, z_loss: float = 0.0, reduction: str = "mean", **options: Any
-) -> tuple[Tensor, Tensor]:
-    """torch's loss, and its gradient ``[..., V]``, in the dtype of the logits."""
-    whole = logits.detach().clone().requires_grad_()
-    rows = whole.flatten(0, -2)
-    losses = F.cross_entropy(rows, target.flatten(), reduction="none", **options)
-    counts = target.flatten() != options.get("ignore_index", -100)
-    losses = losses + z_loss * rows.logsumexp(1).square() * counts
-    loss = {"mean": losses.sum() / counts.sum(), "sum": losses.sum(), "none": losses.view(target.shape)}[reduction]
-    (loss * weights(loss)).sum().backward()
-    assert whole.grad is not None
-    return loss.detach(), whole.grad
-
-
-def weights(loss: Tensor) -> Tensor:
-    """Gradients that differ from token to token."""
-    return torch.linspace(1.0, 2.0, loss.numel(), device=loss.device, dtype=loss.dtype).view(loss.shape)
-
-
-def check(logits: Tensor, target: Tensor, tol: float, **options: Any) -> Tensor:
-    """Loss and gradient of this rank's part are torch's, and the loss has the same bits everywhere."""
-    head = sharded_head()
-    mine = part(head, logits)
-    loss = cross_entropy(mine, target, head, **options)
-    (loss * weights(loss)).sum().backward()
-    want, grad = wanted(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options)
-    assert loss.dtype == want.dtype and mine.grad is not None and mine.grad.dtype == logits.dtype
-    assert_close({"loss": loss}, {"loss": want}, tol, "loss")
-    rounding = torch.finfo(logits.dtype).eps
-    assert_close({"logits": mine.grad.to(grad.dtype)}, {"logits": part(head, grad)}, max(tol, rounding))
-    assert_same_bits(loss)
-    return loss
-
-
-def assert_same_bits(tensor: Tensor) -> None:
-    first = tensor.detach().clone()
-    dist.broadcast(first, src=0)
-    assert torch.equal(first, tensor)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "sum": {"reduction": "sum"},
-    "none": {"reduction": "none"},
-    "smoothed": {"label_smoothing": 0.1},
-    "z-loss": {"z_loss": 1e-2},
-    "all": {"label_smoothing": 0.3, "z_loss": 1e-2, "reduction": "none"},
-    "ignored-is-an-id": {"ignore_index": 7, "label_smoothing": 0.1},
-}
+from tests.helpers.vocab_logits import OPTIONS, VOCABULARY, assert_same_bits, check, drawn, part, sharded_head, wanted
 
 
 def check_all(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,72 +201,6 @@ def test_logits_that_are_neither_all_nor_this_ranks() -> None:
         cross_entropy(logits[:, :50], target, head)
 
 
-# -- whole runs -------------------------------------------------------------------------------------------------------
-
-
-class LossModel(RecordedModel):
-    """Trains a Hugging Face model, or one that gives logits, by the loss that ``loss`` names."""
-
-    def __init__(self, batches: list[Tensor], factory: Callable[..., nn.Module], loss: str, **options: Any) -> None:
-        super().__init__(batches, factory, **options)
-        self.loss = loss
-        self.widths: set[int] = set()
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        if self.loss == "own":
-            logits = self(batch)
-            loss = cross_entropy(logits[:, :-1], batch[:, 1:], self.model.lm_head)  # type: ignore[arg-type]
-        else:
-            items = batch[:, 1:].numel()
-            extra = {"hf": {}, "hf-items": {"num_items_in_batch": torch.tensor(items)}}[self.loss]
-            out = self.model(input_ids=batch, labels=batch, **extra)
-            loss, logits = out.loss, out.logits
-        self.widths.add(logits.shape[-1])
-        self.record.losses.append(loss.detach().clone())
-        return loss
-
-    def val_dataloader(self) -> Any:
-        return self.train_dataloader()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        logits = self(batch)
-        assert logits.shape[-1] == VOCABULARY
-        want = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        losses = [cross_entropy(logits[:, :-1], batch[:, 1:], self.model.lm_head)]  # type: ignore[arg-type]
-        if self.loss != "own":
-            losses.append(self.model(input_ids=batch, labels=batch).loss)
-        for loss in losses:
-            torch.testing.assert_close(loss, want, rtol=1e-5, atol=0.0)
-
-
-def checkpointed_llama(**options: Any) -> nn.Module:
-    model = tiny_llama(**options)
-    model.gradient_checkpointing_enable()
-    return model.train()
-
-
-CASES: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any], dict[str, Any]]] = {
-    "hf-untied": ("hf", tiny_llama, {"kv_heads": 4}, {}),
-    "hf-tied": ("hf", tiny_llama, {"kv_heads": 4, "tied": True}, {}),
-    "hf-items-checkpointed": ("hf-items", checkpointed_llama, {"kv_heads": 4, "tied": True}, {}),
-    "own-llama": ("own", tiny_llama, {"kv_heads": 4}, {}),
-    "own-hand-written-tied": ("own", models.transformer, {"tied": True}, {"partition_config": HAND_WRITTEN}),
-}
-
-
-def check_run(case: str, tp_size: int, loss_parallel: LossParallel = True) -> None:
-    loss, factory, options, rules = CASES[case]
-    options = options | {"vocab": VOCABULARY}
-    batches = batches_for(VOCABULARY)
-    model = LossModel(batches, factory, loss, **options)
-    strategy = AutoTPStrategy(autotp_size=tp_size, loss_parallel=loss_parallel, **rules)
-    trainer = {"accumulate_grad_batches": ACCUMULATE, "gradient_clip_val": CLIP, "use_distributed_sampler": False}
-    quiet_trainer(strategy=strategy, num_sanity_val_steps=1, **trainer).fit(model)
-    widths = [length for _, length in even_widths(VOCABULARY, tp_size)]
-    assert model.widths == {0 if loss_parallel == "fused" else widths[strategy.tp_rank]}
-    assert_parity(model, partial(reference_run, factory, batches, **options))
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.ranks(2)
 def test_tp2_is_the_unsharded_run(case: str) -> None:
@@ -383,25 +234,6 @@ def test_the_switch_is_set_by_every_run() -> None:
     quiet_trainer(strategy=AutoTPStrategy(autotp_size=2), use_distributed_sampler=False).fit(model)
     assert model.widths == {VOCABULARY}
     assert "_loss_function" not in vars(llama) and not llama.lm_head.keeps_part
-
-
-def adapted(**settings: Any) -> nn.Module:
-    """A Llama whose head, too, has an adapter, or is trained as a copy."""
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, init_lora_weights=False, **settings)
-        llama: Any = tiny_llama(vocab=VOCABULARY, kv_heads=4)
-        return get_peft_model(llama, config)
-
-
-def adapted_head() -> nn.Module:
-    return adapted(target_modules=["q_proj", "v_proj", "lm_head"])
-
-
-def saved_head() -> nn.Module:
-    return adapted(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
 
 
 def gemma2() -> nn.Module:
@@ -439,23 +271,6 @@ def test_a_whole_model_with_its_loss_in_one_graph() -> None:
         call(input_ids=tokens, labels=tokens).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert_close(grads[1], grads[0], 1e-5)
-
-
-class Bare(LanguageModel):
-    """Says what a strategy's setup says of a model."""
-
-    def train_dataloader(self) -> Any:
-        return models.token_loader(vocab=100)
-
-
-def setup_error(factory: Callable[..., nn.Module], message: str, **options: Any) -> None:
-    trainer = quiet_trainer(strategy=AutoTPStrategy(**{"autotp_size": 2, "loss_parallel": True} | options))
-    with pytest.raises(ValueError, match=message):
-        trainer.fit(Bare(factory))
-
-
-def of_type(model_type: str) -> nn.Module:
-    return small_model(small_config(model_type))
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("t5", "T5ForConditionalGeneration"), ("bert", "BertForMaskedLM")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
+from lightning_autotp import TPConfig
 from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.layout.layout import Layout, even_widths
 from lightning_autotp.parallel.column_group import ColumnGroup
 from lightning_autotp.parallel.embedding import VocabParallelEmbedding
 from lightning_autotp.parallel.head_arguments import take_own_heads
@@ -32,75 +33,17 @@ from lightning_autotp.sharding.state import sharded
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, tiny_llama, token_batches
 from tests.helpers.rank_pool import rank_device
-from tests.helpers.sharding import apply_plan
-
-
-def spec(pattern: str, kind: str, **more: Any) -> dict[str, Any]:
-    return {"patterns": [pattern], "partition_type": kind, **more}
-
-
-def shard(model: nn.Module, *specs: dict[str, Any], overlap: bool = False) -> Any:
-    """Shard ``model`` in place over all ranks of the test."""
-    config = TPTrainingConfig(autotp_size=dist.get_world_size(), partition_config={"layer_specs": list(specs)})
-    mesh = build_mesh(config.size, TPConfig())
-    apply_plan(model, make_plan(model, config), mesh, rank_device(), overlap=overlap)
-    return model
-
-
-class MLP(nn.Module):
-    """Column, row."""
-
-    def __init__(self, width: int = 24, bias: bool = True) -> None:
-        super().__init__()
-        self.up = nn.Linear(16, width, bias=bias)
-        self.gate = nn.Linear(16, width, bias=bias)
-        self.down = nn.Linear(width, 16, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(torch.sigmoid(self.gate(x)) * self.up(x))
-        return out
-
-
-MLP_SPECS = [spec("up|gate", "column"), spec("down", "row")]
-
-
-def seeded(build: Callable[[], nn.Module]) -> Any:
-    torch.manual_seed(3)
-    return build().to(rank_device())
-
-
-def gradients(model: nn.Module, run: Callable[[Any, Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
-    """The output, its input's gradient and every parameter's gradient, of one forward and backward pass."""
-    x = x.detach().clone().requires_grad_()
-    out = run(model, x)
-    torch.manual_seed(5)
-    (out * torch.randn_like(out)).sum().backward()
-    assert x.grad is not None
-    found = {"output": out.detach(), "input": x.grad}
-    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(
-    build: Callable[[], nn.Module],
-    specs: list[dict[str, Any]],
-    x: Tensor,
-    run: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x),
-    overlap: bool = False,
-) -> Any:
-    """The sharded module's output and gradients are this rank's part of the unsharded one's."""
-    want = gradients(seeded(build), run, x)
-    model = shard(seeded(build), *specs, overlap=overlap)
-    got = gradients(model, run, x)
-    found = sharded(model)
-    assert found is not None
-    layouts = found.plan.layouts
-    parts = {n: layouts[n].shard(t, found.mesh.tp_rank) if n in layouts else t for n, t in want.items()}
-    assert_close(got, parts, 1e-5)
-    return model
-
-
-def inputs(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(rank_device())
+from tests.helpers.sharded_layers import (
+    LLAMA_SPECS,
+    MLP,
+    MLP_SPECS,
+    assert_same,
+    gradients,
+    inputs,
+    seeded,
+    shard,
+    spec,
+)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -278,14 +221,6 @@ def test_a_decoder_block_costs_two_all_reduces_forward_and_two_backward(
         "forward": 4,
         "backward": 4,
     }
-
-
-LLAMA_SPECS = [
-    spec(r".*\.(q|k|v|gate|up)_proj\.weight", "column"),
-    spec(r".*\.(o|down)_proj\.weight", "row"),
-    spec(r".*embed_tokens\.weight", "row"),
-    spec(r".*lm_head\.weight", "column", gather_output=True),
-]
 
 
 @pytest.mark.ranks(2)
@@ -800,3 +735,35 @@ def test_transformer_encoder_layers_do_not_take_their_fast_path() -> None:
     x = inputs(3, 5, 16)
     with torch.no_grad():
         assert_close({"output": model(x)}, {"output": want(x)}, 1e-5)
+
+
+def column_and_row(overlap: bool = False) -> tuple[nn.Sequential, nn.Sequential]:
+    """Two linears, whole and cut for this rank."""
+    mesh = build_mesh(2, TPConfig())
+    torch.manual_seed(0)
+    whole, cut = (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)) for _ in range(2))
+    cut.load_state_dict(whole.state_dict())
+    widths = [even_widths(8, 2)]
+    rows, columns = Layout.cut((8, 6), 0, 2, widths), Layout.cut((6, 8), 1, 2, widths)
+    for name, layout in (("0.weight", rows), ("0.bias", rows.along(8)), ("1.weight", columns)):
+        parameter = cut.get_parameter(name)
+        parameter.data = layout.shard(parameter.data, mesh.tp_rank)
+    first = ColumnParallelLinear.convert(cut[0], mesh, rows, overlap=overlap, gather=False)
+    first.group, first.place = ColumnGroup([first]), 0
+    RowParallelLinear.convert(cut[1], mesh, columns)
+    return whole, cut
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.ranks(2)
+def test_what_is_not_contiguous_is_reduced_and_an_expanded_gradient_is_left_alone(overlap: bool) -> None:
+    whole, cut = column_and_row(overlap)
+    column_major = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).t()
+    inputs = [column_major.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+    assert not inputs[0].is_contiguous()
+    seed = torch.randn(6, generator=torch.Generator().manual_seed(2)).expand(5, 6)
+    before = seed.clone()
+    for net, x in zip((whole, cut), inputs):
+        net(x).backward(seed)
+    assert_close({"x": inputs[1].grad}, {"x": inputs[0].grad}, 1e-5)  # type: ignore[dict-item]
+    assert torch.equal(seed, before)

@@ -19,7 +19,10 @@ from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.state import Sharded, sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import relative_errors
+from tests.helpers.fit_cases import CASES
+from tests.helpers.loss_runs import LossModel
 from tests.helpers.models import quiet_trainer
+from tests.helpers.preset_runs import Steps, build, parts, train
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharded_runs import (
     ACCUMULATE,
@@ -31,10 +34,6 @@ from tests.helpers.sharded_runs import (
     reference_run,
     sharded_run,
 )
-from tests.helpers.sharding import apply_plan
-from tests.losses.test_vocab_parallel_cross_entropy import LossModel
-from tests.parity.test_fit import CASES
-from tests.parity.test_presets import Steps, build, parts, train
 
 RATIO = 1.5
 """How much larger than the unsharded low-precision run's own error, against fp32, the sharded run's may be."""

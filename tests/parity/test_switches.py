@@ -17,8 +17,8 @@ from lightning_autotp import AutoTPStrategy, TPTrainingConfig, make_plan
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.training.compile import compile_blocks, is_compiled
 from tests.helpers import models
+from tests.helpers.loss_runs import LossModel, checkpointed_llama
 from tests.helpers.sharded_runs import RecordedModel, assert_parity, batches_for, reference_run, sharded_run
-from tests.losses.test_vocab_parallel_cross_entropy import LossModel, checkpointed_llama
 
 SWITCHES = ("sequence_parallel", "loss_parallel", "tp_overlap_comm", "compile")
 TOGETHER = [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.plans.plan import HeadInput, LocalAttribute
 from tests.helpers.plans import (
     ATTENTION_RULES,
@@ -15,6 +16,7 @@ from tests.helpers.plans import (
     MLP_RULES,
     Attention,
     column,
+    config_plan,
     hf,
     mlp,
     module,
@@ -164,3 +166,15 @@ def test_alibi_of_all_heads_is_taken_by_heads() -> None:
 def test_arguments_of_models_without_such_a_preset_stay() -> None:
     assert plan(hf("Llama")).head_inputs == ()
     assert plan(hf("Bloom", **BLOOM), *MLP_RULES, column("dense_h_to_4h"), row("dense_4h_to_h")).head_inputs == ()
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "phi3"])
+def test_head_counts_stay_where_the_attention_is_not_sharded(model_type: str) -> None:
+    only_mlp: list[dict[str, Any]] = [
+        {"patterns": [r".*mlp\.(dense_h_to_4h|gate_up_proj)\.weight"], "partition_type": "column", "shape": [-1, -1]},
+        {"patterns": [r".*mlp\.(dense_4h_to_h|down_proj)\.weight"], "partition_type": "row"},
+    ]
+    if model_type == "phi3":
+        only_mlp[0]["shape"] = [2, -1]
+    plan = config_plan(small_model(small_config(model_type)), partition_config={"layer_specs": only_mlp})
+    assert not plan.attributes and not plan.head_inputs and not plan.blockers

@@ -34,6 +34,10 @@ from tests.helpers.plans import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+from lightning_autotp.model_sources.small import small_config, small_model
+from tests.helpers.plans import config_plan
+
 # -- tied and shared parameters ---------------------------------------------------------------------------------------
 
 
@@ -511,3 +515,30 @@ def test_text_of_a_plan_has_names_counts_shapes_and_reasons() -> None:
 
 def test_text_of_a_plan_shows_each_ranks_shape_where_they_differ() -> None:
     assert "[5, 8] -> [2, 8] | [2, 8] | [1, 8]" in str(plan(mlp(width=5), *MLP_RULES, tp_size=3))
+
+
+def test_a_plan_that_shards_little_is_refused_in_strict_mode() -> None:
+    only_head = [{"patterns": [r".*lm_head\.weight"], "partition_type": "column", "gather_output": True}]
+    rules = {"layer_specs": only_head, "strict_mode": True}
+    with pytest.raises(ValueError, match=r"only \d+% of the model's weights is cut"):
+        config_plan(small_model(small_config("gpt_oss")), partition_config=rules)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("column", "up_proj"), ("row", "down_proj")])
+def test_a_cut_without_its_partner_is_refused_by_name(kind: str, layer: str) -> None:
+    lone = [{"patterns": [rf".*mlp\.{layer}\.weight"], "partition_type": kind}]
+    with pytest.raises(ValueError, match=rf"{layer}\.weight: a {kind} cut"):
+        config_plan(small_model(small_config("llama")), partition_config={"layer_specs": lone})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("llama", {"preset_model": "bloom"}),
+        ("llama", {"partition_config": {"layer_specs": [{"patterns": [r"q_proj\.weight"]}]}}),
+    ],
+    ids=["preset of another family", "pattern without .*"],
+)
+def test_rules_that_match_nothing_are_an_error(model_type: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"nothing of LlamaForCausalLM (is cut|but lm_head.weight)"):
+        config_plan(small_model(small_config(model_type)), **config)

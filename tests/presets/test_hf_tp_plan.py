@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autotp import PartitionType, TPLayerSpec
+from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.presets.hf_tp_plan import model_plan
-from tests.helpers.plans import module, set_attributes
+from tests.helpers.plans import config_plan, module, set_attributes
 
 
 class Experts(nn.Module):
@@ -134,3 +135,10 @@ def test_plan_of_an_inner_model_is_part_of_the_outer_ones() -> None:
 def test_models_without_a_plan_have_no_rules() -> None:
     assert model_plan(nn.Linear(2, 2)).layer_specs == []
     assert model_plan(with_plan({})).layer_specs == []
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "olmoe", "qwen2_moe", "llama4_text", "granite_swa", "longcat_flash"])
+def test_the_models_own_plan_is_taken_whatever_its_styles(model_type: str) -> None:
+    plan = config_plan(small_model(small_config(model_type)))
+    assert any(e.source == "model plan" and not e.layout.is_replicated for e in plan.parameters.values())
+    assert not plan.blockers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from lightning_autotp import AutoTPPresets, PartitionType, TPLayerSpec, TPTrainingConfig, make_plan
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.presets import find_preset, preset_for
-from tests.helpers.plans import BLOOM, LATENT, column, cut_names, hf, plan
+from tests.helpers.plans import BLOOM, LATENT, column, config_plan, cut_names, hf, plan
 
 ATTENTION_CUT = {f"model.layers.*.self_attn.{name}_proj.weight" for name in "qkvo"}
 MLP_CUT = {f"model.layers.*.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -177,3 +178,24 @@ def test_preset_whose_shapes_need_head_counts_refuses_a_config_without() -> None
 def test_unknown_preset_is_refused_with_the_list(name: Any) -> None:
     with pytest.raises(ValueError, match=r"^preset_model: there is no preset .* Presets: llama, bloom, chatglm"):
         AutoTPPresets.get_preset(name)
+
+
+def test_dense_first_layers_and_plain_query_projections_of_deepseek_are_cut() -> None:
+    config = small_config("deepseek_v2")
+    config.q_lora_rank = None
+    parameters = config_plan(small_model(config)).parameters
+    dense = [e for name, e in parameters.items() if re.search(r"layers\.0\.mlp\.(gate|up|down)_proj|q_proj", name)]
+    assert len(dense) >= 4 and not any(e.layout.is_replicated for e in dense)
+
+
+def test_the_chatglm_preset_shards_the_classes_of_transformers() -> None:
+    for model_type in ("glm", "glm4"):
+        plan = config_plan(small_model(small_config(model_type)), preset_model="chatglm")
+        assert not plan.warnings and sum(not e.layout.is_replicated for e in plan.parameters.values()) >= 14
+
+
+def test_experts_are_sharded_whatever_their_form() -> None:
+    for model_type in ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"):
+        plan = config_plan(small_model(small_config(model_type)))
+        experts = [e for name, e in plan.parameters.items() if re.search(r"experts\.(gate_up|down)_proj$", name)]
+        assert experts and not any(e.layout.is_replicated for e in experts), model_type

@@ -294,3 +294,9 @@ def test_key_heads_fewer_than_the_ranks_are_no_longer_refused() -> None:
     quiet_trainer(strategy=AutoTPStrategy(autotp_size=4), max_steps=1).fit(model, token_loader())
     shapes = [model.get_parameter(f"model.model.layers.0.self_attn.{n}_proj.weight").shape for n in "qkv"]
     assert shapes == [(16, 64), (8, 64), (8, 64)]
+
+
+def test_one_size_is_enough_and_two_must_agree() -> None:
+    assert AutoTPStrategy(tensor_parallel={"tp_size": 4}).config.size == 4
+    with pytest.raises(ValueError, match="tp_size"):
+        AutoTPStrategy(autotp_size=2, tensor_parallel={"tp_size": 4})

@@ -16,7 +16,7 @@ from lightning_autotp.sharding.state import sharded
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import Block, Transformer, next_token_loss, token_batches, transformer
 from tests.helpers.rank_pool import rank_device
-from tests.parallel.test_linear import LLAMA_SPECS, MLP, MLP_SPECS, assert_same, inputs, seeded, shard, spec
+from tests.helpers.sharded_layers import LLAMA_SPECS, MLP, MLP_SPECS, assert_same, inputs, seeded, shard, spec
 
 
 def build() -> Transformer:

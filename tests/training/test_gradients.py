@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
 from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import attend
+from tests.helpers.plans import config_plan
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharding import apply_plan
 from tests.helpers.small_nets import everyones
@@ -367,3 +370,20 @@ def test_whole_parameters_of_every_kind_in_a_compiled_model() -> None:
     assert torch.equal(model.fp16.grad, torch.full_like(model.fp16, 40000))
     assert torch.equal(model.table.weight.grad.to_dense()[1], torch.full_like(model.table.weight[1], 2))
     assert (model.rare.grad is None) == (dist.get_rank() == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.ranks(4)
+def test_norm_counts_every_element_once_in_every_precision(dtype: torch.dtype, kv_heads: int) -> None:
+    model = small_model(small_config("qwen2", kv_heads=kv_heads), tied=True).to(dtype)
+    plan = config_plan(model, 4)
+    apply_plan(model, plan, build_mesh(4, TPConfig()), rank_device(), overlap=False)
+    found = sharded(model)
+    assert found is not None
+    gradients, total = TPGradients(model, found), 0.0
+    for name, parameter in model.named_parameters():
+        full = torch.randn(plan.layouts[name].shape, generator=torch.Generator().manual_seed(len(name))).to(dtype)
+        parameter.grad = plan.layouts[name].shard(full, found.mesh.tp_rank)
+        total += float(full.double().square().sum())
+    assert float(gradients.total_norm(model.parameters())) == pytest.approx(total**0.5, rel=1e-5)
