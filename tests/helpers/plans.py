@@ -146,3 +146,55 @@ def parts_of(layout_owner: ParameterPlan, full: Tensor) -> list[Tensor]:
 def config_plan(model: nn.Module, tp_size: int = 2, **config: Any) -> ShardingPlan:
     """The plan for ``config``, the fields of a TPTrainingConfig; its warnings are given."""
     return make_plan(model, TPTrainingConfig(autotp_size=tp_size, **config))
+
+
+def conv1d(inputs: int, outputs: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer: nn.Module = Conv1D(outputs, inputs)
+    return layer
+
+
+def gpt2_attention(heads: int, hidden: int) -> nn.ModuleDict:
+    attention = module(c_attn=conv1d(hidden, 3 * hidden), c_proj=conv1d(hidden, hidden))
+    set_attributes(attention, num_heads=heads, head_dim=hidden // heads)
+    return attention
+
+
+def latent_attention(heads: int = 4, **attributes: Any) -> nn.ModuleDict:
+    """Queries and keys of 4 + 2 features, values of 6; 2 rotary features straight out of ``kv_a``."""
+    attention = module(
+        q_proj=nn.Linear(16, heads * 6),
+        kv_a=nn.Linear(16, 8 + 2),
+        kv_b=nn.Linear(8, heads * (4 + 6)),
+        o_proj=nn.Linear(heads * 6, 16),
+    )
+    set_attributes(attention, num_heads=heads, qk_head_dim=6, v_head_dim=6, kv_lora_rank=8, **attributes)
+    return attention
+
+
+def latent_rules(partial: Any = "rope") -> tuple[dict[str, Any], ...]:
+    return skip("kv_a", partial_outputs=partial), column("q_proj", "kv_b"), row("o_proj")
+
+
+class Experts(nn.Module):
+    """``[T, H]`` through all of E gated experts, weights stored as ``[E, out, in]``."""
+
+    def __init__(self, experts: int = 3, hidden: int = 8, width: int = 6) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.einsum("th,eoh->eto", x, self.gate_up_proj).chunk(2, -1)
+        return torch.einsum("eto,eho->th", gate.sigmoid() * up, self.down_proj)
+
+
+def named(kind: str, *names: str, **options: Any) -> dict[str, Any]:
+    """A rule for parameters or modules by their own names."""
+    return {"patterns": [rf"(?:.*\.)?{name}$" for name in names], "partition_type": kind, **options}
+
+
+GATE_UP = named("column", "gate_up_proj", shape=(-1, 2, -1), partition_dim=1)
+DOWN = named("row", "down_proj")
+EXPERTS = named("skip", "experts", boundary=True)

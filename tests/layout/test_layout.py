@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autotp.layout.fused import Fused, fused_parameter, sub_parameters
 from lightning_autotp.layout.heads import share_heads
 from lightning_autotp.layout.layout import Box, Interval, Layout, Share, even_widths
-
-# No deadline: the machine is shared with other work, and a slow moment is no failure.
-properties = settings(deadline=None, max_examples=80)
+from tests.helpers.layouts import Sharing, numbered, properties, sharings
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,6 @@ def cuts(draw: st.DrawFn, form: Form | None = None) -> Cut:
             start += heads * unit
     layout = Layout.cut(form.shape, form.dim, tp_size, widths, form.repeat)
     return Cut(layout, form.dim, tuple(tuple(run) for run in runs))
-
-
-def numbered(shape: tuple[int, ...]) -> Tensor:
-    """A tensor whose elements all differ."""
-    return torch.arange(prod(shape)).reshape(shape)
 
 
 def region(box: Box) -> tuple[slice, ...]:
@@ -239,63 +231,6 @@ def test_even_widths_are_contiguous_whole_units_and_differ_by_one(total: int, tp
     assert lengths == sorted(lengths, reverse=True)
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """``queries`` heads in groups of ``queries // keys`` each, over ``tp_size`` ranks."""
-
-    queries: int
-    keys: int
-    tp_size: int
-
-
-@st.composite
-def sharings(draw: st.DrawFn) -> Sharing:
-    keys, group = draw(st.integers(1, 9)), draw(st.integers(1, 6))
-    return Sharing(keys * group, keys, draw(st.integers(1, keys * group)))
-
-
-@properties
-@given(sharings())
-def test_every_query_head_is_on_one_rank_with_its_key_head(sharing: Sharing) -> None:
-    queries, keys = share_heads(sharing.queries, sharing.keys, sharing.tp_size)
-    assert len(queries) == len(keys) == sharing.tp_size
-    assert [head for start, length in queries for head in range(start, start + length)] == list(range(sharing.queries))
-    group = sharing.queries // sharing.keys
-    for (start, length), (key, held) in zip(queries, keys):
-        assert length > 0 and held > 0, "no rank is idle"
-        assert {head // group for head in range(start, start + length)} == set(range(key, key + held))
-
-
-@properties
-@given(sharings())
-def test_ranks_have_heads_as_even_as_they_can(sharing: Sharing) -> None:
-    queries, keys = share_heads(sharing.queries, sharing.keys, sharing.tp_size)
-    group = sharing.queries // sharing.keys
-    counts = [length for _, length in queries]
-    if sharing.tp_size <= sharing.keys:
-        assert [length for _, length in keys] == [count // group for count in counts]
-        assert all(count % group == 0 for count in counts), "whole groups"
-        assert max(counts) - min(counts) in (0, group)
-        assert sum(length for _, length in keys) == sharing.keys, "no key head is held twice"
-    else:
-        assert [length for _, length in keys] == [1] * sharing.tp_size
-        ranks = [sum(start == head for start, _ in keys) for head in range(sharing.keys)]
-        assert max(ranks) - min(ranks) <= 1, "key heads are shared by as many ranks, or by one more"
-        for head in range(sharing.keys):
-            inside = [count for count, (start, _) in zip(counts, keys) if start == head]
-            assert sum(inside) == group and max(inside) - min(inside) <= 1
-
-
-@properties
-@given(keys=st.integers(1, 6), group=st.integers(1, 4), more=st.integers(1, 5))
-def test_more_ranks_than_query_heads_are_refused_with_the_number(keys: int, group: int, more: int) -> None:
-    queries = keys * group
-    with pytest.raises(
-        ValueError, match=rf"^{queries} query heads cannot be shared by {queries + more} .* {queries}\.$"
-    ):
-        share_heads(queries, keys, queries + more)
-
-
 @properties
 @given(cuts())
 def test_shared_runs_are_those_that_several_ranks_hold(cut: Cut) -> None:
@@ -365,35 +300,6 @@ def test_even_widths(total: int, tp_size: int, unit: int, want: tuple[Interval, 
 def test_even_widths_refuse_a_part_of_a_unit() -> None:
     with pytest.raises(ValueError, match=r"^10 is not a multiple of 4"):
         even_widths(10, 2, unit=4)
-
-
-@pytest.mark.parametrize(
-    ("heads", "tp_size", "queries", "keys"),
-    [
-        ((6, 6), 4, (2, 2, 1, 1), ((0, 2), (2, 2), (4, 1), (5, 1))),
-        ((8, 2), 4, (2, 2, 2, 2), ((0, 1), (0, 1), (1, 1), (1, 1))),
-        ((12, 3), 4, (2, 2, 4, 4), ((0, 1), (0, 1), (1, 1), (2, 1))),
-        ((6, 2), 4, (2, 1, 2, 1), ((0, 1), (0, 1), (1, 1), (1, 1))),
-        ((8, 4), 3, (4, 2, 2), ((0, 2), (2, 1), (3, 1))),
-        ((8, 1), 3, (3, 3, 2), ((0, 1), (0, 1), (0, 1))),
-        ((4, 2), 1, (4,), ((0, 2),)),
-        ((5, 5), 5, (1, 1, 1, 1, 1), ((0, 1), (1, 1), (2, 1), (3, 1), (4, 1))),
-    ],
-)
-def test_share_heads(
-    heads: tuple[int, int], tp_size: int, queries: tuple[int, ...], keys: tuple[Interval, ...]
-) -> None:
-    mine, held = share_heads(*heads, tp_size)
-    assert tuple(length for _, length in mine) == queries
-    assert held == keys
-
-
-@pytest.mark.parametrize(("heads", "tp_size"), [((4, 2), 5), ((1, 1), 2), ((8, 1), 16)])
-def test_share_heads_refuses_idle_ranks(heads: tuple[int, int], tp_size: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^{heads[0]} query heads cannot be shared by {tp_size} ranks; .*{heads[0]}\.$"
-    ):
-        share_heads(*heads, tp_size)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -530,146 +436,3 @@ def test_bias_of_another_size_is_refused() -> None:
         Layout.cut((4, 3), 0, 2, [even_widths(4, 2)]).along(3)
     with pytest.raises(ValueError, match=r"^a bias of 4 does not follow"):
         Layout.replicated((4, 3), 2).along(4)
-
-
-# -- sub-parameters of a fused weight ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "cut_dim", "weight", "weight_dim", "want"),
-    [
-        ((2, -1), 0, (12, 5), 0, Fused((6, 6), 1)),
-        ((3, -1), 0, (12, 5), 0, Fused((4, 4, 4), 1)),
-        ((3, 5), 0, (12, 5), 0, Fused((4, 4, 4), 1)),
-        ((-1, 5), 0, (12, 5), 0, Fused((12,), 1)),
-        (((8, 2, 2), -1), 0, (12, 5), 0, Fused((8, 2, 2), 1)),
-        (((12,), -1), 0, (12, 5), 0, Fused((12,), 1)),
-        # what lies before the cut dim repeats: experts, each with a gate and an up part
-        ((3, 2, -1), 1, (12, 5), 0, Fused((2, 2), 3)),
-        ((3, 2, 5), 1, (12, 5), 0, Fused((2, 2), 3)),
-        ((2, (4, 2), -1), 1, (12, 5), 0, Fused((4, 2), 2)),
-        ((-1, (4, 2), -1), 1, (12, 5), 0, Fused((4, 2), 2)),
-        ((2, 3, -1, 5), 2, (12, 5), 0, Fused((2,), 6)),
-        # what lies behind the cut dim is not cut across
-        ((2, 3, -1), 0, (12, 5), 0, Fused((6, 6), unit=3)),
-        (((1, 3), 3, -1), 0, (12, 5), 0, Fused((3, 9), unit=3)),
-        # rows
-        ((-1, 3), 1, (5, 12), 1, Fused((4, 4, 4), 1)),
-        ((5, 3), 1, (5, 12), 1, Fused((4, 4, 4), 1)),
-        ((-1, (8, 4)), 1, (5, 12), 1, Fused((8, 4), 1)),
-    ],
-)
-def test_sub_parameters(shape: Any, cut_dim: int, weight: tuple[int, int], weight_dim: int, want: Fused) -> None:
-    fused = sub_parameters(shape, cut_dim, weight, weight_dim)
-    assert fused == want
-    assert sum(fused.sizes) * fused.repeat == weight[weight_dim]
-
-
-@pytest.mark.parametrize(
-    ("shape", "cut_dim", "weight_dim", "message"),
-    [
-        ((12,), 0, 0, r"^shape: \(12,\) has fewer dims than the weight \[12, 5\]"),
-        ((2, 7), 0, 0, r"^shape: the last entry of \(2, 7\) is not the weight's 5 input features"),
-        ((3, 2, 7), 1, 0, r"^shape: the last entry of \(3, 2, 7\) is not the weight's 5 input features"),
-        ((2, -1), 1, 0, r"^shape: a column rule cuts the output features, which the last entry of \(2, -1\) is not"),
-        ((5, -1), 0, 0, r"^shape: 12 features do not divide into 5 equal sub-parameters"),
-        (((8, 2), -1), 0, 0, r"^shape: the sub-parameters \(8, 2\) add up to 10, but the weight has 12"),
-        (((8, 2, 4), -1), 0, 0, r"^shape: the sub-parameters \(8, 2, 4\) add up to 14, but the weight has 12"),
-        ((5, 2, -1), 1, 0, r"^shape: \(5, 2, -1\) does not divide the weight's 12 output features"),
-        ((3, 3, -1), 1, 0, r"^shape: 4 features do not divide into 3 equal sub-parameters"),
-        ((-1, 2, -1), 1, 0, r"^shape: \(-1, 2, -1\) leaves two sizes open"),
-        ((-1, (5, 2), -1), 1, 0, r"^shape: .*add up to 7, but the weight has 12"),
-        ((2, -1), 0, 1, r"^shape: a row rule cuts the input features, the last of two entries, not \(2, -1\)"),
-        ((-1, 2, 5), 1, 1, r"^shape: a row rule cuts the input features"),
-        ((7, 5), 1, 1, r"^shape: the first entry of \(7, 5\) is not the weight's 12 output features"),
-        ((-1, 2), 1, 1, r"^shape: 5 features do not divide into 2 equal sub-parameters"),
-        ((-1, (3, 3)), 1, 1, r"^shape: the sub-parameters \(3, 3\) add up to 6, but the weight has 5"),
-    ],
-)
-def test_view_that_the_weight_does_not_have_is_refused(shape: Any, cut_dim: int, weight_dim: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sub_parameters(shape, cut_dim, (12, 5), weight_dim)
-
-
-@properties
-@given(experts=st.integers(1, 4), parts=st.integers(1, 3), width=st.integers(1, 4), tp_size=st.integers(1, 4))
-def test_view_with_experts_cuts_inside_each_part_of_each(experts: int, parts: int, width: int, tp_size: int) -> None:
-    width *= tp_size
-    full = torch.arange(experts * parts * width * 2).reshape(-1, 2)
-    fused = sub_parameters((experts, parts, -1), 1, full.shape, 0)
-    layout = Layout.cut(full.shape, 0, tp_size, [even_widths(size, tp_size) for size in fused.sizes], fused.repeat)
-    for rank in range(tp_size):
-        want = full.view(experts, parts, width, 2).chunk(tp_size, 2)[rank].reshape(-1, 2)
-        assert torch.equal(layout.shard(full, rank), want)
-
-
-# -- sub-parameters of any fused parameter ----------------------------------------------------------------------------
-
-
-def cut_fused(fused: Fused, full: Tensor, dim: int, tp_size: int) -> Layout:
-    widths = [even_widths(size, tp_size, fused.unit) for size in fused.sizes]
-    return Layout.cut(full.shape, dim, tp_size, widths, fused.repeat)
-
-
-@pytest.mark.parametrize(
-    ("shape", "cut_dim", "parameter", "want"),
-    [
-        # parts one behind the other, along any dim
-        ((-1, 2, -1), 1, (3, 12, 5), Fused((6, 6))),
-        ((3, 2, 5), 1, (3, 12, 5), Fused((6, 6))),
-        ((-1, (8, 4), -1), 1, (3, 12, 5), Fused((8, 4))),
-        ((-1, -1, -1), 1, (3, 12, 5), Fused((12,))),
-        ((-1, -1, 4), 2, (3, 5, 12), Fused((3, 3, 3, 3))),
-        ((3, -1, -1), 0, (6, 5, 2), Fused((2, 2, 2))),
-        ((2,), 0, (12,), Fused((6, 6))),
-        # runs that stay together: gate and up of each feature side by side
-        ((-1, -1, -1, 2), 2, (3, 5, 12), Fused((12,), unit=2)),
-        ((-1, -1, 2), 1, (3, 12), Fused((12,), unit=2)),
-        ((-1, -1, 2, 3), 1, (3, 12), Fused((12,), unit=6)),
-        ((-1, 2, 3, -1), 1, (3, 12, 5), Fused((6, 6), unit=3)),
-        ((-1, (1, 3), 3, -1), 1, (3, 12, 5), Fused((3, 9), unit=3)),
-    ],
-)
-def test_fused_parameter(shape: Any, cut_dim: int, parameter: tuple[int, ...], want: Fused) -> None:
-    fused = fused_parameter(shape, cut_dim, parameter)
-    assert fused == want
-    assert sum(fused.sizes) * fused.repeat == parameter[cut_dim]
-    assert all(size % fused.unit == 0 for size in fused.sizes)
-
-
-@pytest.mark.parametrize(
-    ("shape", "cut_dim", "message"),
-    [
-        ((2, -1), 0, r"^shape: \(2, -1\) cut along its dim 0 is no view of a parameter \[3, 12, 5\]"),
-        ((-1, -1, -1, 5), 3, r"^shape: .* cut along its dim 3 is no view of a parameter \[3, 12, 5\]"),
-        ((4, 2, -1), 1, r"^shape: \(4, 2, -1\) is no view of a parameter \[3, 12, 5\]"),
-        ((-1, 2, 6), 1, r"^shape: \(-1, 2, 6\) is no view of a parameter"),
-        ((-1, 5, -1), 1, r"^shape: 12 features do not divide into 5 equal sub-parameters"),
-        ((-1, (8, 2), -1), 1, r"^shape: the sub-parameters \(8, 2\) add up to 10, but .* 12"),
-        ((-1, -1, 5, -1), 1, r"^shape: 12 features do not divide into runs of 5"),
-        ((-1, (2, 2), 4, -1), 1, r"^shape: the sub-parameters \(2, 2\) add up to 4, but .* 3"),
-        ((-1, -1, -1, -1), 1, r"^shape: \(-1, -1, -1, -1\) is no view of a parameter"),
-    ],
-)
-def test_view_that_a_parameter_does_not_have_is_refused(shape: Any, cut_dim: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused_parameter(shape, cut_dim, (3, 12, 5))
-
-
-@properties
-@given(
-    dim=st.integers(0, 2), parts=st.integers(1, 3), width=st.integers(1, 3), run=st.integers(1, 3), tp=st.integers(1, 4)
-)
-def test_parts_of_a_parameter_are_cut_in_whole_runs(dim: int, parts: int, width: int, run: int, tp: int) -> None:
-    shape: list[Any] = [2, 3, 4]
-    shape[dim] = parts * width * tp * run
-    full = numbered(tuple(shape))
-    view: list[Any] = [-1, -1, -1]
-    view[dim] = parts
-    if run > 1:
-        view.insert(dim + 1, run)
-    layout = cut_fused(fused_parameter(tuple(view), dim, full.shape), full, dim, tp)
-    for rank in range(tp):
-        runs = full.movedim(dim, 0).reshape(parts, width * tp, run, -1).chunk(tp, 1)[rank]
-        want = runs.reshape(-1, *full.movedim(dim, 0).shape[1:]).movedim(0, dim)
-        assert torch.equal(layout.shard(full, rank), want)

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_autotp.layout.heads import share_heads
-from lightning_autotp.layout.layout import Layout, even_widths
-from lightning_autotp.plans.plan import Boundary
+from lightning_autotp.layout.layout import Layout
 from tests.helpers.models import packed_transformer
 from tests.helpers.plans import (
     ATTENTION_RULES,
@@ -20,9 +18,12 @@ from tests.helpers.plans import (
     MLP_RULES,
     Attention,
     column,
-    cut_names,
+    conv1d,
+    gpt2_attention,
     hf,
     language_model,
+    latent_attention,
+    latent_rules,
     mlp,
     module,
     parts_of,
@@ -30,7 +31,6 @@ from tests.helpers.plans import (
     row,
     set_attributes,
     skip,
-    whole_names,
     widths,
 )
 
@@ -284,165 +284,6 @@ def test_shape_is_refused_for_an_embedding() -> None:
         plan(language_model(), row("embed", shape=(-1, 2)), *MLP_RULES)
 
 
-# -- layers that cannot be cut ----------------------------------------------------------------------------------------
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Plain(nn.Linear):
-    """A subclass that computes what nn.Linear does."""
-
-
-class ScaledEmbedding(nn.Embedding):
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * super().forward(x)
-
-
-def test_linear_with_a_forward_of_its_own_is_refused_by_name() -> None:
-    model = module(net=module(fc1=Doubled(8, 16), fc2=nn.Linear(16, 8)), other=mlp())
-    with pytest.raises(ValueError, match=r"^net\.fc1\.weight \(rule .*\): Doubled has a forward of its own"):
-        plan(model, *MLP_RULES)
-    assert "net.fc1.weight" in whole_names(plan(model, skip(r"net\.fc."), *MLP_RULES)), "the fix of the message works"
-
-
-def test_linear_whose_subclass_changes_nothing_is_cut() -> None:
-    model = module(fc1=Plain(8, 16), fc2=nn.Linear(16, 8))
-    assert cut_names(plan(model, *MLP_RULES)) == {"fc1.weight", "fc2.weight"}
-
-
-def test_embedding_that_scales_what_its_base_looks_up_is_cut_along_the_vocabulary() -> None:
-    """As Gemma's and BART's are; the sum over the ranks is inside what it scales."""
-    model = module(embed=ScaledEmbedding(65, 8), net=mlp())
-    assert plan(model, row("embed"), *MLP_RULES).parameters["embed.weight"].kind == "vocabulary"
-    gathered = plan(model, column("embed", gather_output=True), *MLP_RULES).parameters["embed.weight"]
-    assert gathered.layout.widths == (4, 4)
-
-
-class OwnLookup(nn.Embedding):
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.embedding(x, self.weight * 3)
-
-
-def test_embedding_with_a_lookup_of_its_own_is_refused_by_name() -> None:
-    model = module(embed=OwnLookup(65, 8), net=mlp())
-    with pytest.raises(ValueError, match=r"^embed\.weight .*OwnLookup has a forward of its own"):
-        plan(model, row("embed"), *MLP_RULES)
-    assert "embed.weight" in whole_names(plan(model, skip("embed"), *MLP_RULES)), "the fix of the message works"
-
-
-class OwnProduct(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight)
-
-
-@pytest.mark.parametrize(
-    ("layer", "options", "refused"),
-    [
-        (Doubled, {}, True),
-        (Doubled, {"gather_output": True}, False),
-        (OwnProduct, {}, True),
-        (OwnProduct, {"gather_output": True}, True),
-    ],
-)
-def test_layer_that_works_on_its_output_is_cut_where_that_is_whole(
-    layer: type[nn.Linear], options: dict[str, Any], refused: bool
-) -> None:
-    model = module(first=layer(8, 16), net=mlp())
-    if refused:
-        with pytest.raises(ValueError, match=rf"^first\.weight .*{layer.__name__} has a forward of its own"):
-            plan(model, column("first", **options), *MLP_RULES)
-    else:
-        assert "first.weight" in cut_names(plan(model, column("first", **options), *MLP_RULES))
-
-
-@pytest.mark.parametrize(("layer", "refused"), [(Doubled, False), (OwnProduct, True)])
-def test_row_that_works_on_its_sum_is_cut(layer: type[nn.Linear], refused: bool) -> None:
-    model = module(fc1=nn.Linear(8, 16), fc2=layer(16, 8))
-    if refused:
-        with pytest.raises(ValueError, match=r"^fc2\.weight .*OwnProduct has a forward of its own"):
-            plan(model, *MLP_RULES)
-    else:
-        assert cut_names(plan(model, *MLP_RULES)) == {"fc1.weight", "fc2.weight"}
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("parametrize", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
-def test_parametrized_weight_is_refused_by_name(parametrize: Any, bias: bool) -> None:
-    model = module(net=mlp(bias=bias), other=mlp())
-    parametrize(model.get_submodule("net.fc1"))
-    with pytest.raises(ValueError, match=r"^net\.fc1\..*parametrized"):
-        plan(model, *MLP_RULES)
-    assert "other.fc1.weight" in cut_names(plan(model, skip(r"net\.fc.*"), *MLP_RULES))
-
-
-@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
-def test_embedding_whose_option_a_cut_would_change_is_refused(option: dict[str, Any]) -> None:
-    model = module(embed=nn.Embedding(65, 8, **option), net=mlp())
-    with pytest.raises(ValueError, match=rf"^embed\.weight .*`{next(iter(option))}` cannot be cut exactly"):
-        plan(model, row("embed"), *MLP_RULES)
-    assert "embed.weight" in whole_names(plan(model, skip("embed"), *MLP_RULES))
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [row(r"self_attn\.out_proj"), {"patterns": [r".*in_proj_weight$"]}, column(r"self_attn\.out_proj")],
-    ids=["out row", "in column", "out column"],
-)
-def test_projection_inside_multihead_attention_is_refused_by_name(spec: dict[str, Any]) -> None:
-    model = module(layer=nn.TransformerEncoderLayer(16, 2, 32))
-    with pytest.raises(ValueError, match=r"^layer\.self_attn\.(?:out_proj\.|in_proj_)weight .*MultiheadAttention"):
-        plan(model, spec, column("linear1"), row("linear2"))
-
-
-def test_multihead_attention_that_no_rule_matches_stays_whole() -> None:
-    sharding = plan(module(layer=nn.TransformerEncoderLayer(16, 2, 32)), column("linear1"), row("linear2"))
-    assert cut_names(sharding) == {"layer.linear1.weight", "layer.linear2.weight"}
-
-
-def test_pattern_that_matches_a_norm_is_refused() -> None:
-    model = module(net=mlp(), norm=nn.LayerNorm(8))
-    with pytest.raises(
-        ValueError, match=r"^norm\.weight \(rule .*, column.*: this is a parameter of LayerNorm"
-    ) as caught:
-        plan(model, *MLP_RULES, {"patterns": [".*"]})
-    assert "narrow the pattern, or add a skip rule" in str(caught.value)
-    sharding = plan(model, *MLP_RULES, {"patterns": [".*norm"], "partition_type": "skip"})
-    assert sharding.parameters["norm.bias"].reason == "a skip rule"
-
-
-def test_layer_of_another_kind_is_refused() -> None:
-    model = module(net=mlp(), conv=nn.Conv1d(8, 8, 1))
-    with pytest.raises(ValueError, match=r"^conv\.weight .*a parameter of Conv1d, and nothing sums the output"):
-        plan(model, *MLP_RULES, column("conv"))
-    assert "conv.weight" in whole_names(plan(model, *MLP_RULES, skip("conv"))), "the fix of the message works"
-
-
-def test_layer_that_peft_has_wrapped_blocks_setup_but_not_the_plan() -> None:
-    model = module(fc1=module(base_layer=nn.Linear(8, 16)), fc2=nn.Linear(16, 8))
-    sharding = plan(model, *MLP_RULES)
-    assert not sharding.layouts["fc1.base_layer.weight"].is_replicated
-    assert any("fc1.base_layer.weight" in blocker and "PEFT" in blocker for blocker in sharding.blockers)
-
-
-# -- linears that store their weight the other way round --------------------------------------------------------------
-
-
-def conv1d(inputs: int, outputs: int) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    layer: nn.Module = Conv1D(outputs, inputs)
-    return layer
-
-
-def gpt2_attention(heads: int, hidden: int) -> nn.ModuleDict:
-    attention = module(c_attn=conv1d(hidden, 3 * hidden), c_proj=conv1d(hidden, hidden))
-    set_attributes(attention, num_heads=heads, head_dim=hidden // heads)
-    return attention
-
-
 @pytest.mark.parametrize("tp_size", [2, 3, 4])
 def test_fused_conv1d_is_cut_along_its_last_dim_in_whole_heads(tp_size: int) -> None:
     model = module(attn=gpt2_attention(6, 48))
@@ -475,221 +316,6 @@ def test_conv1d_is_planned_as_the_linear_that_computes_the_same() -> None:
     assert turned.layouts["a.bias"] == usual.layouts["a.bias"]
 
 
-# -- parameters that are no layer's: experts, sinks -------------------------------------------------------------------
-
-
-def named(kind: str, *names: str, **options: Any) -> dict[str, Any]:
-    """A rule for parameters or modules by their own names."""
-    return {"patterns": [rf"(?:.*\.)?{name}$" for name in names], "partition_type": kind, **options}
-
-
-class Experts(nn.Module):
-    """``[T, H]`` through all of E gated experts, weights stored as ``[E, out, in]``."""
-
-    def __init__(self, experts: int = 3, hidden: int = 8, width: int = 6) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.randn(experts, hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = torch.einsum("th,eoh->eto", x, self.gate_up_proj).chunk(2, -1)
-        return torch.einsum("eto,eho->th", gate.sigmoid() * up, self.down_proj)
-
-
-class InterleavedExperts(nn.Module):
-    """The same with biases, weights stored as ``[E, in, out]``, and gate and up of each feature side by side."""
-
-    def __init__(self, experts: int = 3, hidden: int = 8, width: int = 5) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(experts, hidden, 2 * width))
-        self.gate_up_proj_bias = nn.Parameter(torch.randn(experts, 2 * width))
-        self.down_proj = nn.Parameter(torch.randn(experts, width, hidden))
-        self.down_proj_bias = nn.Parameter(torch.randn(experts, hidden))
-
-    def forward(self, x: Tensor) -> Tensor:
-        both = x @ self.gate_up_proj + self.gate_up_proj_bias[:, None]
-        out = both[..., ::2].sigmoid() * both[..., 1::2] @ self.down_proj + self.down_proj_bias[:, None]
-        return out.sum(0)
-
-
-GATE_UP = named("column", "gate_up_proj", shape=(-1, 2, -1), partition_dim=1)
-DOWN = named("row", "down_proj")
-EXPERTS = named("skip", "experts", boundary=True)
-INTERLEAVED = (
-    named("column", "gate_up_proj", shape=(-1, -1, -1, 2), partition_dim=2),
-    named("column", "gate_up_proj_bias", shape=(-1, -1, 2), partition_dim=1),
-    named("row", "down_proj", shape=(-1, -1, -1), partition_dim=1),
-    named("row", "down_proj_bias"),
-    EXPERTS,
-)
-
-
-@pytest.mark.parametrize("tp_size", [2, 3, 4])
-def test_experts_are_cut_inside_each(tp_size: int) -> None:
-    model = module(layers=nn.ModuleList([module(experts=Experts())]))
-    sharding = plan(model, GATE_UP, DOWN, EXPERTS, tp_size=tp_size)
-    assert sharding.boundaries == (Boundary("layers.0.experts"),)
-    assert sharding.blockers == sharding.warnings == ()
-    prefix = "layers.0.experts"
-    up, down = (sharding.parameters[f"{prefix}.{name}_proj"] for name in ("gate_up", "down"))
-    assert (up.kind, up.layout.dim, down.kind, down.layout.dim) == ("column", 1, "row", 2)
-    assert up.features is None and up.communication == "" == down.communication
-    full_up = model.get_parameter(f"{prefix}.gate_up_proj").detach()
-    full_down = model.get_parameter(f"{prefix}.down_proj").detach()
-    for rank, (start, length) in enumerate(even_widths(6, tp_size)):
-        gate_and_up = torch.cat([half.narrow(1, start, length) for half in full_up.chunk(2, 1)], 1)
-        assert torch.equal(parts_of(up, full_up)[rank], gate_and_up)
-        assert torch.equal(parts_of(down, full_down)[rank], full_down.narrow(2, start, length))
-
-
-def test_experts_with_separate_gates_need_no_shape() -> None:
-    class Separate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w1, self.w3 = nn.Parameter(torch.randn(3, 6, 8)), nn.Parameter(torch.randn(3, 6, 8))
-            self.w2 = nn.Parameter(torch.randn(3, 8, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ (self.w1 + self.w3).mT @ self.w2.mT
-
-    sharding = plan(module(experts=Separate()), named("column", "w1", "w3"), named("row", "w2"), EXPERTS)
-    assert [sharding.layouts[f"experts.{name}"].dim for name in ("w1", "w3", "w2")] == [1, 1, 2]
-    assert widths(sharding, "experts.w1", "experts.w3", "experts.w2") == [(3, 3)] * 3
-    assert sharding.blockers == ()
-
-
-@pytest.mark.parametrize("tp_size", [2, 3, 5])
-def test_interleaved_experts_are_cut_in_whole_pairs(tp_size: int) -> None:
-    model = module(experts=InterleavedExperts())
-    sharding = plan(model, *INTERLEAVED, tp_size=tp_size)
-    assert sharding.boundaries == (Boundary("experts", once=("down_proj_bias",)),)
-    assert sharding.blockers == ()
-    up, up_bias, down, down_bias = (
-        sharding.parameters[f"experts.{name}"]
-        for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-    )
-    assert down_bias.layout.is_replicated and down_bias.kind == "row" and "once" in down_bias.reason
-    for entry, dim, unit in ((up, 2, 2), (up_bias, 1, 2), (down, 1, 1)):
-        full = model.get_parameter(entry.name).detach()
-        for (start, length), have in zip(even_widths(5, tp_size), parts_of(entry, full)):
-            assert torch.equal(have, full.narrow(dim, unit * start, unit * length)), entry.name
-
-
-def test_parameter_without_a_boundary_is_refused_by_name() -> None:
-    model = module(net=mlp(), moe=module(experts=Experts()))
-    with pytest.raises(ValueError, match=r"^moe\.experts\.gate_up_proj \(rule .*, column\): .*nothing sums") as caught:
-        plan(model, *MLP_RULES, GATE_UP, DOWN)
-    assert "boundary: true" in str(caught.value)
-    assert plan(model, *MLP_RULES, GATE_UP, DOWN, EXPERTS).boundaries, "the fix of the message works"
-
-
-def test_experts_whose_forward_was_replaced_are_refused_by_name() -> None:
-    experts = Experts()
-    model = module(experts=experts)
-    experts.forward = experts.forward  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"^experts \(Experts\): its forward was replaced on the object, and nothing"):
-        plan(model, GATE_UP, DOWN, EXPERTS)
-    del experts.forward
-    assert plan(model, GATE_UP, DOWN, EXPERTS).boundaries, "the fix of the message works"
-
-
-class ExpertsOfLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.fc1(x))
-        return out
-
-
-def test_cut_linear_inside_a_boundary_is_refused_by_name() -> None:
-    model = module(net=mlp(), experts=ExpertsOfLayers())
-    with pytest.raises(ValueError, match=r"^experts\.fc1\.weight .*inside a module with a boundary rule"):
-        plan(model, *MLP_RULES, EXPERTS)
-    assert plan(model, *MLP_RULES).boundaries == (), "the fix of the message works"
-
-
-@pytest.mark.parametrize(("rules", "cut"), [((GATE_UP,), "column"), ((DOWN,), "row")])
-def test_boundary_whose_inside_is_not_cut_through_blocks_setup(rules: tuple[dict[str, Any], ...], cut: str) -> None:
-    sharding = plan(module(net=mlp(), experts=Experts()), *MLP_RULES, *rules, EXPERTS)
-    assert len(sharding.blockers) == 1
-    assert sharding.blockers[0].startswith("experts (Experts): a boundary rule sums its outputs")
-    assert f"here are {cut} cuts only" in sharding.blockers[0]
-
-
-def test_plain_cut_of_fused_experts_blocks_setup() -> None:
-    model = module(experts=Experts())
-    sharding = plan(model, named("column", "gate_up_proj"), DOWN, EXPERTS)
-    assert len(sharding.blockers) == 1
-    assert sharding.blockers[0].startswith("experts.gate_up_proj (rule ")
-    assert "12 features are a multiple of the 6 that the row cut behind it reads" in sharding.blockers[0]
-    assert plan(model, GATE_UP, DOWN, EXPERTS).blockers == (), "the fix of the message works"
-
-
-def test_boundary_of_experts_that_stay_whole_is_none() -> None:
-    sharding = plan(
-        module(net=mlp(), experts=Experts()), *MLP_RULES, EXPERTS, named("skip", "gate_up_proj", "down_proj")
-    )
-    assert sharding.boundaries == () and sharding.blockers == ()
-
-
-@pytest.mark.parametrize("flag", [{"gather_output": True}, {"split_input": True}])
-def test_flag_that_a_parameter_without_a_layer_cannot_have_is_refused(flag: dict[str, Any]) -> None:
-    kind = "row" if "split_input" in flag else "column"
-    with pytest.raises(ValueError, match=r"^experts\.gate_up_proj .*Experts has no input or output of its own"):
-        plan(module(experts=Experts()), named(kind, "gate_up_proj", **flag), DOWN, EXPERTS)
-
-
-def test_shape_that_a_parameter_does_not_have_is_refused_with_its_name() -> None:
-    with pytest.raises(ValueError, match=r"^experts\.gate_up_proj .*shape: 12 features do not divide into 5"):
-        plan(module(experts=Experts()), named("column", "gate_up_proj", shape=(-1, 5, -1), partition_dim=1), EXPERTS)
-
-
-class SinkAttention(Attention):
-    """Attention with one more number for each head."""
-
-    def __init__(self, heads: int, kv_heads: int, **attributes: Any) -> None:
-        super().__init__(heads, kv_heads, **attributes)
-        self.sinks = nn.Parameter(torch.randn(heads))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.sinks * x
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "tp_size"), [(6, 6, 4), (8, 2, 2), (16, 2, 4), (12, 3, 4)])
-def test_number_for_each_head_is_cut_as_the_query_heads(heads: int, kv_heads: int, tp_size: int) -> None:
-    model = module(attn=SinkAttention(heads, kv_heads, head_dim=8))
-    sharding = plan(model, *ATTENTION_RULES, named("column", "sinks"), tp_size=tp_size)
-    queries, _ = share_heads(heads, kv_heads, tp_size)
-    entry = sharding.parameters["attn.sinks"]
-    assert (entry.kind, entry.layout.widths) == ("column", tuple(length for _, length in queries))
-    assert not entry.layout.overlaps
-    assert sharding.boundaries == () and sharding.blockers == ()
-
-
-def test_number_for_each_head_where_all_keys_have_as_many_features() -> None:
-    """Eight query heads, and one key head of eight features: the sinks are still the query heads'."""
-    model = module(attn=SinkAttention(8, 1, head_dim=8))
-    sharding = plan(model, *ATTENTION_RULES, named("column", "sinks"), tp_size=4)
-    assert widths(sharding, "attn.sinks", "attn.q_proj.weight") == [(2,) * 4, (16,) * 4]
-
-
-def test_queries_where_all_values_have_as_many_features() -> None:
-    """Eight queries of 8 features and four values of 16: both projections are 64 wide, and cut differently."""
-    attention = module(q=nn.Linear(64, 64), k=nn.Linear(64, 32), v=nn.Linear(64, 64), o=nn.Linear(128, 64))
-    set_attributes(attention, num_heads=8, num_kv_heads=4, head_dim=8, v_head_dim=16)
-    sharding = plan(module(attn=attention), column("q", "k", "v"), row("o"), tp_size=8)
-    want = [(8,) * 8, (8,) * 8, (16,) * 8, (16,) * 8]
-    assert widths(sharding, *(f"attn.{name}.weight" for name in "qkvo")) == want
-
-
-def test_number_for_each_head_of_an_attention_that_is_not_cut_is_refused() -> None:
-    model = module(net=mlp(), attn=SinkAttention(4, 4, head_dim=8))
-    with pytest.raises(ValueError, match=r"^attn\.sinks .*nothing sums the output of that module"):
-        plan(model, *MLP_RULES, named("column", "sinks"))
-
-
 # -- one projection that holds group behind group ---------------------------------------------------------------------
 
 
@@ -716,25 +342,6 @@ def test_grouped_projection_gives_each_rank_its_heads_and_their_keys(heads: int,
             assert torch.equal(have, torch.cat(want))
     assert widths(sharding, "attn.dense.weight") == [tuple(length * dim for _, length in queries)]
     assert sharding.layouts["attn.query_key_value.weight"].overlaps == (tp_size > kv_heads)
-
-
-# -- latent attention -------------------------------------------------------------------------------------------------
-
-
-def latent_attention(heads: int = 4, **attributes: Any) -> nn.ModuleDict:
-    """Queries and keys of 4 + 2 features, values of 6; 2 rotary features straight out of ``kv_a``."""
-    attention = module(
-        q_proj=nn.Linear(16, heads * 6),
-        kv_a=nn.Linear(16, 8 + 2),
-        kv_b=nn.Linear(8, heads * (4 + 6)),
-        o_proj=nn.Linear(heads * 6, 16),
-    )
-    set_attributes(attention, num_heads=heads, qk_head_dim=6, v_head_dim=6, kv_lora_rank=8, **attributes)
-    return attention
-
-
-def latent_rules(partial: Any = "rope") -> tuple[dict[str, Any], ...]:
-    return skip("kv_a", partial_outputs=partial), column("q_proj", "kv_b"), row("o_proj")
 
 
 @pytest.mark.parametrize("where", ["rule", "module", "its config", "model config"])
@@ -782,100 +389,6 @@ def test_embedding_with_a_number_for_each_head_is_cut_by_heads(heads: int, tp_si
     assert (entry.kind, entry.layout.dim, entry.layout.widths) == ("heads", 1, want)
     assert entry.communication == "" and not entry.gather_output
     assert sharding.blockers == ()
-
-
-# -- low-rank adapters ------------------------------------------------------------------------------------------------
-
-
-def adapted(*targets: str, model: nn.Module | None = None, **options: Any) -> nn.Module:
-    """Two layers with PEFT's adapters in them."""
-    peft = pytest.importorskip("peft")
-    model = module(attn=Attention(6, 3, num_heads=6, head_dim=8), mlp=mlp(48, 16)) if model is None else model
-    config = peft.LoraConfig(target_modules=list(targets), r=4, **options)
-    wrapped: nn.Module = peft.inject_adapter_in_model(config, model)
-    return wrapped
-
-
-LORA_RULES = (*ATTENTION_RULES, *MLP_RULES)
-
-
-@pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("name", ["attn.q_proj", "attn.k_proj", "mlp.fc1"])
-def test_adapter_of_a_column_is_cut_where_it_makes_the_output(name: str, tp_size: int) -> None:
-    sharding = plan(adapted("q_proj", "k_proj", "fc1"), *LORA_RULES, tp_size=tp_size)
-    a, b = (sharding.parameters[f"{name}.lora_{half}.default.weight"] for half in "AB")
-    base = sharding.parameters[f"{name}.base_layer.weight"]
-    assert (a.kind, a.layout.is_replicated) == ("whole", True) and "lora_B" in a.reason
-    assert (b.kind, b.layout.dim, b.layout.parts) == ("column", 0, base.layout.parts)
-    assert (a.rule, b.rule) == (base.rule, base.rule)
-    assert sharding.blockers == sharding.warnings == ()
-
-
-@pytest.mark.parametrize("name", ["attn.o_proj", "mlp.fc2"])
-def test_adapter_of_a_row_is_cut_where_it_reads_the_input(name: str) -> None:
-    sharding = plan(adapted("o_proj", "fc2"), *LORA_RULES, tp_size=3)
-    a, b = (sharding.parameters[f"{name}.lora_{half}.default.weight"] for half in "AB")
-    assert (a.kind, a.layout.dim) == ("row", 1)
-    assert a.layout.parts == sharding.layouts[f"{name}.base_layer.weight"].parts
-    assert (b.kind, b.layout.is_replicated) == ("whole", True) and "lora_A" in b.reason
-    assert sharding.blockers == sharding.warnings == ()
-
-
-def test_adapter_of_a_fused_weight_is_cut_part_by_part() -> None:
-    model = adapted("c_attn", model=module(attn=gpt2_attention(6, 48)))
-    sharding = plan(model, column("c_attn", shape=(3, -1)), row("c_proj"), tp_size=4)
-    b = sharding.layouts["attn.c_attn.lora_B.default.weight"]
-    assert (b.shape, b.dim) == ((144, 4), 0)
-    assert b.parts == sharding.layouts["attn.c_attn.base_layer.weight"].parts
-    assert len(b.parts[0]) == 3
-
-
-def test_adapter_of_a_whole_layer_is_whole() -> None:
-    rules = skip("fc1", "fc2"), *ATTENTION_RULES
-    sharding = plan(adapted("fc1", "fc2"), *rules)
-    adapters = [entry for name, entry in sharding.parameters.items() if ".lora_" in name]
-    assert len(adapters) == 4
-    assert all(e.layout.is_replicated and e.reason == "its layer is whole" for e in adapters)
-
-
-def test_adapter_of_a_whole_layer_whose_gradient_is_partial_has_a_partial_gradient() -> None:
-    """It sees what its layer sees."""
-    rules = skip("extra", grad_allreduce=True), *MLP_RULES
-    model = adapted("extra", model=module(net=mlp(), extra=nn.Linear(4, 4)))
-    sharding = plan(model, *rules)
-    summed = {name for name, entry in sharding.parameters.items() if entry.grad_allreduce}
-    adapters = {f"extra.lora_{half}.default.weight" for half in "AB"}
-    assert adapters <= summed
-
-
-def test_adapter_beside_partial_outputs_is_not_left_out_of_their_sum() -> None:
-    """Its output is added to the layer's: the gradient of the last features is partial there, too."""
-    sharding = plan(adapted("kv_a", model=module(attn=latent_attention())), *latent_rules(2))
-    b = sharding.parameters["attn.kv_a.lora_B.default.weight"]
-    assert b.partial_outputs == 2
-
-
-@pytest.mark.parametrize("targets", [("q_proj",), ("fc2",), ("q_proj", "fc2")])
-def test_adapter_that_reads_the_weight_itself_blocks_setup(targets: tuple[str, ...]) -> None:
-    sharding = plan(adapted(*targets, use_dora=True), *LORA_RULES)
-    for target in targets:
-        assert any(f"{target}.base_layer.weight" in text and "DoRA" in text for text in sharding.blockers)
-    named = [text.split(" ")[0] for text in sharding.blockers]
-    assert all(any(target in name for target in targets) for name in named), "and no other layer"
-
-
-def test_rank_stabilized_adapter_is_planned_as_a_plain_one() -> None:
-    plain, stable = (plan(adapted("q_proj", "o_proj", use_rslora=on), *LORA_RULES) for on in (False, True))
-    assert plain.layouts == stable.layouts and stable.blockers == ()
-
-
-def test_adapter_of_experts_blocks_setup() -> None:
-    """PEFT adds it to the whole parameter, of which a rank has a part."""
-    peft = pytest.importorskip("peft")
-    model = module(experts=Experts())
-    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"], r=2)
-    peft.inject_adapter_in_model(config, model)
-    assert plan(model, GATE_UP, DOWN, EXPERTS).blockers
 
 
 def test_runs_that_heads_would_cut_across_are_refused() -> None:
