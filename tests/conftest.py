@@ -18,6 +18,8 @@ from collections.abc import Iterator
 # because ranks are forked.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# Else every rank that compiles starts a pool of processes, which import torch again.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch

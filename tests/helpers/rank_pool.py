@@ -49,12 +49,14 @@ DEVICE_VARIABLE = "AUTOTP_TEST_DEVICE"
 PRELOAD: tuple[str, ...] = (
     "pytest",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed.tensor.parallel",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "lightning.pytorch",
     "lightning.pytorch.demos.boring_classes",
     "transformers.models.llama.modeling_llama",
+    "lightning_autotp",
 )
 _OUTPUT_LIMIT = 20_000
 _STACKS_TIMEOUT = 2.0
@@ -478,7 +480,8 @@ def _redirect_output(log: str) -> None:
 def _rewrite_asserts() -> None:
     """Have asserts in test modules show their values, as pytest does in its own process."""
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    pytest.Config.fromdictargs({}, ["--noconftest", "-c", os.devnull, "-p", "no:cacheprovider"])
+    files = ["-o", "python_files=test_*.py tests/helpers/*.py"]
+    pytest.Config.fromdictargs({}, ["--noconftest", "-c", os.devnull, "-p", "no:cacheprovider", *files])
     del os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +19,10 @@ from lightning_autotp.sharding.state import sharded
 from lightning_autotp.verification.error_metrics import MODEL_SCALE
 from tests.helpers.closeness import assert_close, relative_errors
 from tests.helpers.models import LanguageModel, TokenDataset, next_token_loss, quiet_trainer, token_batches
-from tests.helpers.rank_pool import rank_device
+from tests.helpers.rank_pool import default_device, rank_device
 
 ACCUMULATE, STEPS, CLIP = 2, 5, 0.5
+_REMEMBERED = 16
 
 
 @dataclass
@@ -64,6 +67,9 @@ def batches_for(vocab: int, steps: int = STEPS) -> list[Tensor]:
     return token_batches(seed=1, n=steps * ACCUMULATE, batch=4, seq=12, vocab=vocab)
 
 
+_remembered: OrderedDict[bytes, Record] = OrderedDict()
+
+
 def reference_run(
     factory: Callable[..., nn.Module],
     batches: list[Tensor],
@@ -71,7 +77,24 @@ def reference_run(
     mixed: bool = False,
     **options: Any,
 ) -> Record:
-    """The run without Lightning and without tensor parallelism; ``mixed`` is under bf16 autocast."""
+    """The run without Lightning and without tensor parallelism; ``mixed`` is under bf16 autocast.
+
+    The last few are remembered by what they were asked for, as tests of several sizes compare with the same run, and
+    must not be written to.
+    """
+    tokens = [(batch.shape, batch.numpy().tobytes()) for batch in batches]
+    key = pickle.dumps((factory, tokens, dtype, mixed, options, default_device()))
+    if key not in _remembered:
+        _remembered[key] = _reference_run(factory, batches, dtype, mixed, **options)
+    _remembered.move_to_end(key)
+    if len(_remembered) > _REMEMBERED:
+        _remembered.popitem(last=False)
+    return _remembered[key]
+
+
+def _reference_run(
+    factory: Callable[..., nn.Module], batches: list[Tensor], dtype: torch.dtype, mixed: bool, **options: Any
+) -> Record:
     model = LanguageModel(factory, **options).to(rank_device(), dtype)
     optimizer = model.configure_optimizers()
     record = Record()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
-from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.state import Sharded, sharded
+from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import relative_errors
 from tests.helpers.fit_cases import CASES
@@ -96,24 +97,27 @@ def check(
 PRESETS = ["llama", "qwen3", "mixtral", "deepseek_v2", "phi3", "gpt_oss"]
 
 
+@lru_cache(maxsize=2 * len(PRESETS))
+def unsharded_step(case: str, dtype: torch.dtype) -> Steps:
+    model, batches = build(case)
+    return train(model.to(dtype), batches[:1])
+
+
 def check_preset(
     case: str, tp_size: int, overlap: bool, sequence_parallel: bool = False, loss_parallel: LossParallel = False
 ) -> None:
     """A preset's model in bfloat16: one step's gradients and the weights after it, against the fp32 run."""
 
-    def steps(model: nn.Module, dtype: torch.dtype, found: Sharded | None = None) -> Steps:
-        return train(model.to(dtype), batches, TPGradients(model, found) if found is not None else None)
-
+    exact, unsharded = unsharded_step(case, torch.float32), unsharded_step(case, torch.bfloat16)
     model, batches = build(case)
-    batches = batches[:1]
-    exact = steps(build(case)[0], torch.float32)
-    unsharded = steps(build(case)[0], torch.bfloat16)
     plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size))
     plan = parallel_sequence(model, plan) if sequence_parallel else plan
     mesh = build_mesh(tp_size, TPTrainingConfig().tensor_parallel)
     apply_plan(model, plan, mesh, rank_device(), overlap=overlap)
     set_loss_parallel(model, plan, loss_parallel)
-    got = steps(model, torch.bfloat16, sharded(model))
+    found = sharded(model)
+    assert found is not None
+    got = train(model.to(torch.bfloat16), batches[:1], TPGradients(model, found))
     for measure, ours, own, want in (
         (mean_error, got.gradients[0], unsharded.gradients[0], exact.gradients[0]),
         (whole_error, got.gradients[0], unsharded.gradients[0], exact.gradients[0]),

@@ -8,6 +8,7 @@ come as variants of their config.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -46,9 +47,8 @@ def refused(switch: str, expected: bool) -> AbstractContextManager[Any]:
 
 
 def check(case: str, tp_size: int, mode: str) -> None:
-    reference, batches = build(case)
-    want = train(reference, batches)
-    model, _ = build(case)
+    want, noisy = unsharded(case)
+    model, batches = build(case)
     group_experts(model)
     preset = CASES[case][0]
     overlap = mode != ""
@@ -77,7 +77,6 @@ def check(case: str, tp_size: int, mode: str) -> None:
     assert len(got.inputs) == len(want.inputs) >= STEPS
     for ours, theirs in zip(got.inputs, want.inputs):
         assert_close({"input": ours}, {"input": theirs}, 1e-4, "input gradient")
-    noisy = _noise(case, want)
     for step, (grads, full) in enumerate(zip(got.gradients, want.gradients)):
         mine = parts(plan, mesh.tp_rank, full)
         errors = relative_errors(grads, mine)
@@ -91,19 +90,22 @@ def check(case: str, tp_size: int, mode: str) -> None:
             assert torch.equal(got.weights[name], first), f"{name} is not bit-equal to rank 0's"
 
 
-def _noise(case: str, single: Steps) -> set[str]:
-    """Parameters whose gradient the unsharded fp32 run misses by more than 1e-4, too, against fp64: rounding alone.
+@lru_cache(maxsize=1)
+def unsharded(case: str) -> tuple[Steps, set[str]]:
+    """The unsharded run, and the parameters whose gradient it misses by more than 1e-4, too, against fp64.
 
-    Such as the bias of keys, whose true gradient is zero without rotary positions.
+    That is rounding alone, as of the bias of keys, whose true gradient is zero without rotary positions.
     """
     model, batches = build(case)
+    single = train(model, batches)
+    model, _ = build(case)
     double = train(
         model.double(), [{n: v.double() if v.is_floating_point() else v for n, v in b.items()} for b in batches]
     )
     missed: set[str] = set()
     for ours, theirs in zip(single.gradients, double.gradients):
         missed |= {name for name, error in relative_errors(ours, theirs).items() if error > 1e-4}
-    return missed
+    return single, missed
 
 
 def test_every_preset_has_a_case() -> None:
