@@ -1,11 +1,12 @@
 """The order of the rooms: a file imports only from its own room and from rooms above it, and never in a circle.
 
-And that no test file imports another one.
+And no file is too long to be one idea, and no test file imports another one.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -109,6 +110,17 @@ def test_no_circle_joins_files() -> None:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
         pytest.fail(f"these files import each other: {' -> '.join(error.args[1])}")
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    lengths = {module: len(path.read_text().splitlines()) for module, path in files().items()}
+    long = [f"{module} has {lines} lines" for module, lines in lengths.items() if lines > LONGEST]
+    assert not long, f"more than {LONGEST} lines: {', '.join(long)}; split it by subject."
+
+
+def test_the_strategy_is_hooks_of_a_few_lines() -> None:
+    lines = len(inspect.getsource(lightning_autotp.AutoTPStrategy).splitlines())
+    assert lines < 300, f"AutoTPStrategy has {lines} lines; what is done around a step belongs into recipe/engine.py."
 
 
 def imports_of_test_files(modules: dict[str, str]) -> list[str]:

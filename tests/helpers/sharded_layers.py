@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
 from lightning_autotp.distributed.mesh import build_mesh
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from tests.helpers.closeness import assert_close
 from tests.helpers.rank_pool import rank_device
+from tests.helpers.sharding import apply_plan
 
 
 def spec(pattern: str, kind: str, **more: Any) -> dict[str, Any]:

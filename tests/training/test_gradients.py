@@ -14,7 +14,6 @@ from torch.nn import functional
 from lightning_autotp import TPConfig, TPTrainingConfig, make_plan
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.model_sources.small import small_config, small_model
-from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import assert_close
