@@ -35,6 +35,7 @@ __all__ = [
     "TorchDispatchMode",
     "all_gather_single",
     "assert_async",
+    "autocast_dtype",
     "collect_random_state",
     "flop_registry",
     "foreach_copy_",
@@ -81,6 +82,13 @@ CPU_FLASH_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_att
 def unsafe_view(x: Tensor, shape: list[int]) -> Tensor:
     """View ``x`` as ``shape`` without autograd's knowledge that the result is a view."""
     return torch.ops.aten._unsafe_view(x, shape)
+
+
+def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+    """The dtype of autocast on a kind of device, None where it is off; torch raises for those that have none (meta)."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def in_backward() -> bool:

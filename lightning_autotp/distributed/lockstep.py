@@ -48,7 +48,7 @@ class _Call:
     def signature(self) -> tuple[Any, ...]:
         """What must be the same on all of its ranks."""
         alike = (tuple(self.value.shape), self.value.dtype) if isinstance(self.value, Tensor) else ()
-        return (self.kind, self.members, *alike)
+        return (self.kind, *alike)
 
     def __str__(self) -> str:
         of = f" of {list(self.value.shape)} {self.value.dtype}" if isinstance(self.value, Tensor) else ""
@@ -139,7 +139,8 @@ class Lockstep(Generic[T]):
                 continue
             members = rank.call.members
             calls = [self._ranks[member].call for member in members]
-            waiting = [call for call in calls if call is not None]
+            # one that waits among other ranks comes here later, or never, which is found when nobody can go on
+            waiting = [call for call in calls if call is not None and call.members == members]
             if len(waiting) < len(members):
                 continue
             if len({call.signature for call in waiting}) > 1:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_autotp.compat import has_hooks
+from lightning_autotp.compat import autocast_dtype, has_hooks
 from lightning_autotp.losses.vocab_parallel_cross_entropy import Terms, Vocabulary, vocab_parallel_cross_entropy
 from lightning_autotp.losses.vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from lightning_autotp.parallel.linear import ColumnParallel
@@ -126,7 +126,7 @@ def fused_loss(hidden: Tensor, target: Tensor, head: nn.Linear, terms: Terms, re
             " what the head would be given."
         )
     device = hidden.device.type
-    if hidden.dtype != head.weight.dtype and not torch.is_autocast_enabled(device):
+    if hidden.dtype != head.weight.dtype and autocast_dtype(device) is None:
         raise ValueError(
             f"hidden: it is {hidden.dtype}, but the head's weight is {head.weight.dtype}; cast one of them, or use"
             f" torch.autocast({device!r})."

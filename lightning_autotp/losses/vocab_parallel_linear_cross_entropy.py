@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_autotp.compat import autocast_dtype
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.losses.vocab_parallel_cross_entropy import Terms, Vocabulary, logits_gradient, token_losses
@@ -157,9 +158,8 @@ def vocab_parallel_linear_cross_entropy(
         reduces: whether the gradient of ``x`` is summed over them here.
         overlap: whether that runs beside the backward pass's other work.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which it leaves alone
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)  # fp64 is left alone by it
+    dtype = x.dtype if autocast is None else autocast
     recording = torch.is_grad_enabled()
     total: Tensor = _LinearCrossEntropy.apply(
         x, weight, bias, target, vocabulary, terms, mesh, reduces, overlap, dtype, recording

@@ -6,6 +6,7 @@ from typing import Any, Optional, Protocol
 import torch
 from torch import Tensor
 
+from lightning_autotp.compat import autocast_dtype
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.parallel.linear_functions import ColumnLinears, GatherColumns
@@ -122,7 +123,7 @@ class ColumnGroup:
         # a module's state must not change in a region that is checkpointed while it is traced; a tensor's may
         if not self.steady:
             return self._compute(place, x, None, alone=True)[place]
-        owner, autocast, waiting = getattr(x, _RIDE, None) or (None, (), {})
+        owner, autocast, waiting = getattr(x, _RIDE, None) or (None, None, {})
         if owner is not self or place not in waiting or autocast != _autocast(x):
             waiting = self._compute(place, x, None)
             setattr(x, _RIDE, (self, _autocast(x), waiting))
@@ -135,8 +136,8 @@ class ColumnGroup:
     def _cast(x: Tensor, members: Sequence[ColumnMember]) -> tuple[Tensor, list[Tensor], list[Optional[Tensor]]]:
         """``x`` and the members' weights and biases, in autocast's dtype where it is on."""
         weights, biases = [m.matrix for m in members], [m.bias for m in members]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None:
             x = x.to(dtype)
             weights = [w.to(dtype) for w in weights]
             biases = [None if b is None else b.to(dtype) for b in biases]
@@ -157,9 +158,8 @@ class ColumnGroup:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What a result depends on besides the object ``x``."""
-    return x._version, *_autocast(x)
+    return x._version, _autocast(x)
 
 
-def _autocast(x: Tensor) -> tuple[bool, torch.dtype]:
-    device = x.device.type
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+def _autocast(x: Tensor) -> Optional[torch.dtype]:
+    return autocast_dtype(x.device.type)

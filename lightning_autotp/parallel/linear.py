@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_autotp.compat import autocast_dtype
 from lightning_autotp.distributed.functions import copy_input, gather_output, reduce_output, split_input
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
@@ -126,8 +127,8 @@ class RowParallel(nn.Module):
         if self.scatters is None:
             output = reduce_output(F.linear(input, weight), self.mesh)
         else:
-            if torch.is_autocast_enabled(input.device.type):
-                dtype = torch.get_autocast_dtype(input.device.type)
+            dtype = autocast_dtype(input.device.type)
+            if dtype is not None:
                 input, weight = input.to(dtype), weight.to(dtype)  # noqa: A001
             output = RowScatter.apply(input, weight, self.scatters, *self.forms)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -51,6 +51,19 @@ def test_only_one_rank_runs_at_a_time() -> None:
     ]
 
 
+def test_ranks_of_other_groups_come_later() -> None:
+    """Some ranks wait for all, while the others first finish among themselves."""
+
+    def work(mesh: Mesh) -> float:
+        x = torch.ones(2)
+        if mesh.tp_rank >= 2:
+            mesh.collectives.all_reduce(x, (2, 3))
+        mesh.collectives.all_reduce(x)
+        return float(x[0])
+
+    assert Lockstep[float](4).run(work) == [6.0] * 4
+
+
 def by_kind(mesh: Mesh) -> None:
     x = torch.zeros(4)
     _ = mesh.collectives.all_reduce(x) if mesh.tp_rank else mesh.collectives.all_gather(x)
