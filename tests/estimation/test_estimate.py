@@ -296,15 +296,20 @@ def test_links() -> None:
     assert Machine("h100", nvlink=1e9, link_share=0.5).link(2, 1, 2) == ("NVLink", 5e8)
 
 
-def test_llama_405b_on_1024_gpus_takes_less_than_a_minute(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "parameters"),
+    [pytest.param(12, 42.455e9, id="12-layers"), pytest.param(126, 405.85e9, marks=pytest.mark.long, id="126-layers")],
+)
+def test_llama_405b_on_1024_gpus_takes_less_than_a_minute(layers: int, parameters: float, tmp_path: Path) -> None:
+    """Of all its 126 layers, or of a few of them."""
     sizes = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8}
-    model = llama(tmp_path, 126, 128256, **sizes)
+    model = llama(tmp_path, layers, 128256, **sizes)
     job = Job(model, tp=8, dp=128, zero=1, seq=4096, sequence_parallel=True, loss_parallel=True)
     found = estimate(job, Machine("h200"))
     assert found.took < 60
-    assert found.parameters == pytest.approx(405.85e9, rel=1e-4)
+    assert found.parameters == pytest.approx(parameters, rel=1e-4)
     assert found.memory.all_gradients == pytest.approx(found.parameters / 8 * 2, rel=1e-4)
-    assert not found.fits and found.tokens == 128 * 4096
+    assert found.fits == (layers < 126) and found.tokens == 128 * 4096
     assert found.flops == pytest.approx(6 * found.parameters / 8 * 4096, rel=0.1)
 
 

@@ -157,7 +157,7 @@ def test_without_gradients_logits_are_whole() -> None:
 
 @pytest.mark.ranks(2, timeout=240)
 def test_a_compiled_model() -> None:
-    model = fused_llama()
+    model = fused_llama(partial(tiny_llama, layers=1))
     tokens = token_batches(n=1, vocab=VOCABULARY)[0].to(rank_device())
     grads = []
     for call in (model, torch.compile(model, backend="aot_eager")):

@@ -87,7 +87,7 @@ def test_adapters_on_the_head_capped_logits_and_other_families(factory: Callable
 
 @pytest.mark.ranks(2, timeout=240)
 def test_a_whole_model_with_its_loss_in_one_graph() -> None:
-    model = LossModel(token_batches(n=1, vocab=VOCABULARY), tiny_llama, "hf", vocab=VOCABULARY)
+    model = LossModel(token_batches(n=1, vocab=VOCABULARY), tiny_llama, "hf", vocab=VOCABULARY, layers=1)
     strategy = AutoTPStrategy(autotp_size=2, loss_parallel=True)
     quiet_trainer(strategy=strategy, use_distributed_sampler=False, limit_val_batches=0).fit(model)
     tokens = model.batches[0].to(rank_device())

@@ -45,7 +45,7 @@ def assert_exact(model: nn.Module, call: Callable[[Tensor], Tensor], length: int
     assert_close({n: g for n, g in got.items() if n not in zero}, {n: g for n, g in grads.items() if n not in zero})
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.ranks(2, timeout=240)
 def test_whole_model_in_one_graph(backend: str) -> None:
     model = shard(build(), *LLAMA_SPECS, overlap=True)
