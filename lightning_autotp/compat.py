@@ -34,18 +34,27 @@ __all__ = [
     "GroupedExpertsFunctions",
     "TorchDispatchMode",
     "all_gather_single",
+    "apply_gate",
     "assert_async",
     "autocast_dtype",
+    "can_set_experts_implementation",
     "collect_random_state",
+    "experts_implementation",
     "flop_registry",
     "foreach_copy_",
     "foreach_norm",
+    "forget_loss_function",
     "functional_collectives",
+    "given_loss_function",
     "grouped_experts_functions",
+    "has_gate",
     "has_hooks",
     "hide_values_from_transformers",
     "in_backward",
+    "initialize_inside",
+    "initializes_others",
     "is_compiled_in_place",
+    "is_compiled_module",
     "make_wrapper_subclass",
     "nccl_options",
     "no_init_weights",
@@ -54,6 +63,7 @@ __all__ = [
     "scaler_settings",
     "set_random_state",
     "symmetric_memory",
+    "tp_plan_of",
     "tree_iter",
     "tree_map",
     "unsafe_view",
@@ -99,6 +109,14 @@ def in_backward() -> bool:
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called."""
     return module._compiled_call_impl is not None
+
+
+def is_compiled_module(module: nn.Module) -> bool:
+    """Whether ``module`` or its forward is compiled, in any way of torch's or Lightning's."""
+    if getattr(module, "_compiler_ctx", None) is not None:  # a LightningModule, by Lightning
+        return True
+    wraps = "_orig_mod" in module._modules or hasattr(module.forward, "get_compiler_config")
+    return wraps or is_compiled_in_place(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -186,6 +204,59 @@ def grouped_experts_functions() -> Optional[GroupedExpertsFunctions]:
         )
     except (ImportError, AttributeError):
         return None
+
+
+def experts_implementation(experts: Any) -> Optional[str]:
+    """The name of what computes ``experts`` now; None where transformers itself spreads them over ranks.
+
+    It then marks the tokens of others by ids beyond the last. It reads its config in every call.
+    """
+    if getattr(experts, "_is_expert_parallel", False):
+        return None
+    name: str = experts.config._experts_implementation
+    return name
+
+
+def has_gate(experts: Any, gate: Callable[..., Tensor]) -> bool:
+    """Whether ``gate`` is what ``experts`` apply, by their class and not by something put on the object."""
+    return type(experts)._apply_gate is gate and "_apply_gate" not in vars(experts)
+
+
+def apply_gate(experts: Any, rows: Tensor) -> Tensor:
+    """Apply the experts' own gate: ``[S, 2 I] -> [S, I]``."""
+    gated: Tensor = experts._apply_gate(rows)
+    return gated
+
+
+def can_set_experts_implementation(hf_model: Any) -> bool:
+    """Whether a Hugging Face model has experts whose implementation can be chosen."""
+    able: bool = hf_model._can_set_experts_implementation()
+    return able
+
+
+def tp_plan_of(module: nn.Module) -> Any:
+    """The tensor parallel plan that a Hugging Face model brings, None for other modules."""
+    return getattr(module, "_tp_plan", None)
+
+
+def initializes_others(module: nn.Module) -> bool:
+    """Whether ``module`` is a Hugging Face model, which initializes the modules inside it."""
+    return hasattr(module, "_init_weights")
+
+
+def initialize_inside(hf_model: Any, module: nn.Module) -> None:
+    """Initialize ``module``'s own tensors as the Hugging Face model around it does."""
+    hf_model._init_weights(module)
+
+
+def given_loss_function(hf_model: nn.Module) -> Any:
+    """The ``loss_function`` that was set on a Hugging Face model itself; None if its own serves."""
+    return vars(hf_model).get("_loss_function")
+
+
+def forget_loss_function(hf_model: Any) -> None:
+    """Have a Hugging Face model use its own loss function again."""
+    del hf_model._loss_function
 
 
 def no_init_weights() -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_autotp.compat import forget_loss_function, given_loss_function
 from lightning_autotp.config.switches import FUSED, LossParallel
 from lightning_autotp.introspection.forward_source import calls_loss_function, forwards_of, names_loss_function
 from lightning_autotp.losses.functional import (
@@ -104,7 +105,7 @@ def parallel_hf_loss(model: Any) -> None:
             " `loss_parallel` off (lightning_autotp.cross_entropy takes all logits, too), or train it as a class whose"
             " forward takes no `labels`, with lightning_autotp.cross_entropy in your training_step."
         )
-    if "_loss_function" in model.__dict__:  # ours, of an earlier setup, or the user's
+    if given_loss_function(model) is not None:  # ours, of an earlier setup, or the user's
         return
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -154,8 +155,8 @@ def set_loss_parallel(model: nn.Module, plan: ShardingPlan, on: LossParallel) ->
     for module in heads.values():
         module.keeps_part = module.defers = False
     for hf_model, _ in models:
-        if isinstance(hf_model.__dict__.get("_loss_function"), _ParallelLoss) and not on:
-            del hf_model._loss_function
+        if isinstance(given_loss_function(hf_model), _ParallelLoss) and not on:
+            forget_loss_function(hf_model)
     if not on:
         return
     found = [head for _, inside in models for head in inside]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+from lightning_autotp.compat import can_set_experts_implementation
 from lightning_autotp.model_sources.hf import FEATURES, auto_class, task
 
 VOCABULARY = 131
@@ -147,7 +148,7 @@ def small_config(source: Union[str, PathLike[str]], *, kv_heads: int = 2) -> Pre
 
 def group_experts(model: Any) -> None:
     """Let experts be computed as transformers does by default, which cannot be in fp64: for what is to be compared."""
-    if model._can_set_experts_implementation():
+    if can_set_experts_implementation(model):
         model.set_experts_implementation("grouped_mm")
 
 

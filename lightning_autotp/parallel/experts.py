@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_autotp.compat import grouped_experts_functions, has_hooks
+from lightning_autotp.compat import apply_gate, experts_implementation, grouped_experts_functions, has_gate, has_hooks
 from lightning_autotp.distributed.once_differentiable import once_differentiable
 from lightning_autotp.kernels.dispatch import kernels_of
 
@@ -55,14 +55,11 @@ class GroupedExperts:
         traits = set(inspect.signature(functions.decorator).parameters)
         if not own or not traits <= _TRAITS or getattr(experts, "has_post_expert_norm", False):
             return None
-        own_gate = kind._apply_gate is functions.gate and "_apply_gate" not in vars(experts)
-        return GroupedExperts(functions.linear, functions.one_by_one, own_gate)
+        return GroupedExperts(functions.linear, functions.one_by_one, has_gate(experts, functions.gate))
 
     def serves(self, experts: Any) -> bool:
-        """Whether experts that :meth:`of` knows are computed so now; transformers reads its config in every call."""
-        # where transformers itself spreads experts over ranks, it marks the tokens of others by ids beyond the last
-        spread = getattr(experts, "_is_expert_parallel", False)
-        return experts.config._experts_implementation == "grouped_mm" and not spread
+        """Whether experts that :meth:`of` knows are computed so now."""
+        return experts_implementation(experts) == "grouped_mm"
 
     def __call__(self, experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What ``grouped_mm_experts_forward`` of transformers computes, step by step.
@@ -100,7 +97,7 @@ class GroupedExperts:
         if experts.has_gate:
             rows = linear(rows, "gate_up_proj")
             swiglu = self.gates_first and _is_silu(experts.act_fn)
-            rows = _SwiGLU.apply(rows) if swiglu else experts._apply_gate(rows)
+            rows = _SwiGLU.apply(rows) if swiglu else apply_gate(experts, rows)
         else:
             rows = experts.act_fn(linear(rows, "up_proj"))
         joined: Tensor = _Join.apply(linear(rows, "down_proj"), top_k_weights, place, hidden_states.dtype)

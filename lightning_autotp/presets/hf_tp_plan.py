@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_autotp.compat import tp_plan_of
 from lightning_autotp.specs.layer_spec import AutoTPConfig, PartitionType, TPLayerSpec
 
 _COLUMN, _ROW, _SKIP = PartitionType.COLUMN, PartitionType.ROW, PartitionType.SKIP
@@ -41,7 +42,7 @@ def model_plan(model: nn.Module) -> AutoTPConfig:
     specs: list[TPLayerSpec] = []
     inside: list[str] = []
     for path, module in model.named_modules():
-        plan = getattr(module, "_tp_plan", None)
+        plan = tp_plan_of(module)
         if not plan or not hasattr(module, "base_model_prefix") or any(path.startswith(outer) for outer in inside):
             continue
         inside.append(f"{path}." if path else "")

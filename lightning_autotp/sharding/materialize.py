@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_autotp.compat import initialize_inside, initializes_others
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 
@@ -62,7 +63,7 @@ def _with_initializers(model: nn.Module, hf_model: Any, path: str = "") -> Itera
     seen: set[int] = set()
 
     def walk(module: nn.Module, hf_model: Any, path: str) -> Iterator[tuple[nn.Module, Any]]:
-        hf_model = module if hasattr(module, "_init_weights") else hf_model
+        hf_model = module if initializes_others(module) else hf_model
         for name, child in module.named_children():
             yield from walk(child, hf_model, f"{path}.{name}" if path else name)
         if id(module) not in seen:
@@ -75,7 +76,7 @@ def _with_initializers(model: nn.Module, hf_model: Any, path: str = "") -> Itera
 @torch.no_grad()
 def _initialize(module: nn.Module, hf_model: Any, path: str) -> None:
     if hf_model is not None:
-        hf_model._init_weights(module)
+        initialize_inside(hf_model, module)
         return
     for name in ("reset_parameters", "_reset_parameters"):
         if hasattr(module, name):

@@ -2,19 +2,14 @@
 
 from torch import nn
 
-from lightning_autotp.compat import is_compiled_in_place
+from lightning_autotp.compat import is_compiled_in_place, is_compiled_module
 from lightning_autotp.planning.blocks import cut_of, lists_around
 from lightning_autotp.plans.plan import ShardingPlan
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether some of it is, by ``compile=True`` or by the user: a module, its forward, or a LightningModule."""
-    if getattr(model, "_compiler_ctx", None) is not None:
-        return True
-    return any(
-        "_orig_mod" in m._modules or is_compiled_in_place(m) or hasattr(m.forward, "get_compiler_config")
-        for m in model.modules()
-    )
+    return any(map(is_compiled_module, model.modules()))
 
 
 def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:

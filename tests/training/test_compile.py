@@ -11,7 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_autotp import TPTrainingConfig, make_plan
+from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.model_sources.small import group_experts, small_config, small_model
 from lightning_autotp.parallel.linear import ColumnParallelLinear
+from lightning_autotp.sharding.shard import shard as shard_by_plan
 from lightning_autotp.sharding.state import sharded
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import Block, Transformer, next_token_loss, token_batches, transformer
@@ -165,3 +169,24 @@ def test_autocast_in_a_graph() -> None:
         traced = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
     assert traced.dtype == torch.bfloat16
     assert_close({"output": traced.float()}, {"output": eager.float()}, 1e-2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.ranks(2, timeout=240)
+def test_compiled_blocks_of_a_model_break_no_graph(model_type: str, sequence_parallel: bool) -> None:
+    config = TPTrainingConfig(
+        autotp_size=2, sequence_parallel=sequence_parallel, loss_parallel=True, tp_overlap_comm=True
+    )
+    model: Any = small_model(small_config(model_type)).train()
+    group_experts(model)
+    plan = make_plan(model, config)
+    shard_by_plan(model, plan, build_mesh(2, config.tensor_parallel), config, device=rank_device())
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ids = torch.randint(131, (2, 8), generator=torch.Generator().manual_seed(0)).to(rank_device())
+    model(input_ids=ids, labels=ids).loss.backward()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"], dict(counters["graph_break"])
