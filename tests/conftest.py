@@ -27,6 +27,7 @@ import torch
 from tests.helpers import rank_pool
 from tests.helpers.hygiene import LIGHTNING_NOISE, isolated, leave_process_group
 
+_STARTED_FIRST = ("tests/slurm/", "tests/cli/", "tests/strategies/test_processes", "tests/recipe/")
 _OPTIONS = {"pg", "timeout", "device", "nodes"}
 
 
@@ -45,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.get_closest_marker("ranks") and _device(item) == "cuda" and not item.get_closest_marker("gpu"):
         item.add_marker(pytest.mark.gpu)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files that start processes and jobs wait most of their time: begun first, others run beside them
+    items.sort(key=lambda item: not any(name in item.nodeid for name in _STARTED_FIRST))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

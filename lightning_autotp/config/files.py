@@ -1,7 +1,7 @@
 """YAML and JSON files, read strictly: what one file says twice, or does not say at all, is an error with its path."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,7 @@ class _Loader(yaml.SafeLoader):
     """Plain YAML whose mappings have each key once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                name, line = self.construct_object(key), key.start_mark.line + 1
-                if name in seen:
-                    raise _DoubleKeyError(name, f" (lines {seen[name]} and {line})")
-                seen[name] = line
+        _refuse_double(node, self.construct_object)
         return super().construct_mapping(node, deep)
 
 
@@ -27,12 +21,36 @@ class _DoubleKeyError(yaml.YAMLError):
         super().__init__(f"says {name!r} twice{where}; leave one of them out.")
 
 
+def _refuse_double(node: yaml.MappingNode, name_of: Callable[[yaml.Node], Any]) -> None:
+    seen: dict[Any, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            name, line = name_of(key), key.start_mark.line + 1
+            if name in seen:
+                raise _DoubleKeyError(name, f" (lines {seen[name]} and {line})")
+            seen[name] = line
+
+
 def check_keys(text: str) -> None:
-    """Raise a ``yaml.YAMLError`` unless ``text`` is YAML that has each key of a mapping once."""
+    """Raise a ``yaml.YAMLError`` unless ``text`` is YAML that has each key of a mapping once.
+
+    Values are not looked at: who reads them may know other types than plain YAML does.
+    """
     try:
-        yaml.load(text, _Loader)
+        root = yaml.compose(text, yaml.SafeLoader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deep") from None
+    waiting, known = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known or not isinstance(node, yaml.CollectionNode):  # an anchor may be used often
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _refuse_double(node, lambda key: key.value)
+            waiting += [value for _, value in node.value]
+        else:
+            waiting += node.value
 
 
 def read_document(path: Path, what: str) -> Any:
@@ -51,7 +69,7 @@ def read_document(path: Path, what: str) -> Any:
             document = yaml.load(text, _Loader)
     except _DoubleKeyError as error:
         raise ValueError(f"{what}: {str(path)!r} {error}") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # also of a date that is none
         raise ValueError(f"{what}: {str(path)!r} cannot be read: {error}") from None
     except RecursionError:
         raise ValueError(f"{what}: {str(path)!r} is nested too deep; no field needs more than a few levels.") from None

@@ -1,5 +1,6 @@
 """What the switches and sizes of the config may be set to; nothing is converted, so that no typo turns one on."""
 
+from numbers import Integral
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, ValidationInfo
@@ -23,8 +24,8 @@ def check_switch(name: str, value: object) -> None:
 
 
 def check_size(name: str, value: object) -> None:
-    """Raise a ValueError, which names the field, unless ``value`` is an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Raise a ValueError, which names the field, unless ``value`` is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are, too
         raise ValueError(f"{name}: {value!r} is not a whole number of ranks; write a number such as 4, without quotes.")
 
 
@@ -35,7 +36,7 @@ def _switch(value: Any, info: ValidationInfo) -> Any:
 
 def _size(value: Any, info: ValidationInfo) -> Any:
     check_size(str(info.field_name), value)
-    return value
+    return int(value)
 
 
 def _loss_parallel(value: Any) -> Any:

@@ -30,10 +30,12 @@ class Collectives(ABC):
 
     Attributes:
         world_rank: this rank's number among all of the run.
+        tp_source: the number, among all of the run, of the first rank that shares this rank's model.
         sends_between_gpus: whether ranks may share their GPUs' memory (NCCL), so that fused forms are worth a try.
     """
 
     world_rank: int
+    tp_source: int
     sends_between_gpus = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Collectives":

@@ -26,7 +26,7 @@ class LiveCollectives(Collectives):
     """
 
     def __init__(self, tp_group: ProcessGroup, dp_group: ProcessGroup, timeout: Optional[timedelta] = None) -> None:
-        self.world_rank = dist.get_rank()
+        self.world_rank, self.tp_source = dist.get_rank(), dist.get_global_rank(tp_group, 0)
         self._tp_group = tp_group
         self._timeout = timeout
         self.sends_between_gpus = "nccl" in str(dist.get_backend(tp_group))

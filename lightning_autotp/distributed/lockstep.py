@@ -80,6 +80,7 @@ class Lockstep(Generic[T]):
         self.tp_size, self.dp_size = tp_size, dp_size
         self._ranks: list[_Rank[T]] = []
         self._back = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._failed = False
 
     def run(self, work: Callable[[Mesh], T]) -> list[T]:
@@ -92,7 +93,7 @@ class Lockstep(Generic[T]):
         before = collect_random_state(include_cuda=torch.cuda.is_initialized())
         self._ranks = [_Rank(before) for _ in range(self.tp_size * self.dp_size)]
         self._failed = False
-        threads = [
+        self._threads = threads = [
             threading.Thread(target=self._serve, args=(number, work), name=f"rank {number}", daemon=True)
             for number in range(len(self._ranks))
         ]
@@ -107,8 +108,11 @@ class Lockstep(Generic[T]):
                     self._go(number)
             for thread in threads:
                 thread.join()
+            self._threads = []
             set_random_state(before)
-        return [rank.result for rank in self._ranks]  # type: ignore[misc]  # no rank failed
+        results = [rank.result for rank in self._ranks]
+        self._ranks = []  # a mesh that is kept must not keep what all ranks returned
+        return results  # type: ignore[return-value]  # no rank failed
 
     def _schedule(self) -> None:
         while not all(rank.ended for rank in self._ranks):
@@ -171,6 +175,11 @@ class Lockstep(Generic[T]):
 
     def ask(self, number: int, call: _Call) -> Any:
         """Wait, in the thread of rank ``number``, until all ranks of a collective have come; returns its result."""
+        if threading.current_thread() not in self._threads:
+            raise RuntimeError(
+                f"{call.kind}: the ranks of this lockstep run have ended, and nobody answers; do what sends inside of"
+                " `Lockstep.run`."
+            )
         rank = self._ranks[number]
         if self._failed:
             raise _StoppedError
@@ -195,7 +204,8 @@ class LockstepCollectives(Collectives):
     def __init__(self, lockstep: Lockstep[Any], number: int, tp_rank: int, dp_rank: int) -> None:
         self.world_rank = number
         self._lockstep = lockstep
-        first, tp_size = dp_rank * lockstep.tp_size, lockstep.tp_size
+        self.tp_source = first = dp_rank * lockstep.tp_size
+        tp_size = lockstep.tp_size
         self._tp = tuple(range(first, first + tp_size))
         self._dp = tuple(range(tp_rank, tp_size * lockstep.dp_size, tp_size))
         self._world = tuple(range(tp_size * lockstep.dp_size))
@@ -221,6 +231,8 @@ class LockstepCollectives(Collectives):
         return gathered
 
     def reduce_scatter(self, x: Tensor, over: Over = "tp") -> Tensor:
+        if x.shape[0] % self.size(over):
+            raise ValueError(f"reduce-scatter: {x.shape[0]} rows do not divide among {self.size(over)} ranks.")
         scattered: Tensor = self._ask("reduce-scatter", over, x.detach())
         return scattered
 

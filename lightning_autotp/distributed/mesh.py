@@ -46,8 +46,8 @@ class Mesh:
 
     @property
     def tp_source(self) -> int:
-        """The global rank of the first process of ``tp_group``."""
-        return dist.get_global_rank(self.tp_group, 0)
+        """The global rank of the first rank that shares this rank's model."""
+        return self.collectives.tp_source
 
 
 def build_mesh(tp_size: int, given: TPConfig, timeout: Optional[timedelta] = None) -> Mesh:

@@ -18,7 +18,7 @@ class SilentCollectives(Collectives):
     """
 
     def __init__(self, tp_size: int, dp_size: int = 1, world_rank: int = 0) -> None:
-        self.world_rank = world_rank
+        self.world_rank, self.tp_source = world_rank, world_rank - world_rank % tp_size
         self._sizes = {"tp": tp_size, "dp": dp_size, "world": tp_size * dp_size}
 
     def size(self, over: Over = "tp") -> int:

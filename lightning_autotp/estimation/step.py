@@ -119,7 +119,8 @@ def _tracked(model: nn.Module, batch: dict[str, Any], job: Job, recorder: Record
     while not learned:
         recorder.counts.clear()
         with StepTracker(model, known) as tracker:
-            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            precision = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+            with precision, nullcontext() if found.saved is None else found.saved.step():
                 loss = loss_of(model(**batch))
             tracker.begin_backward()
             loss.backward()

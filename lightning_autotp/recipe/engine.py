@@ -74,14 +74,14 @@ class Engine:
     def watch_calls(self) -> None:
         """Do around the model's own calls what a strategy does around its steps, for a loop that has no such hooks.
 
-        That is :meth:`batch` before the first call, and what :meth:`training_step` does about saved activations.
+        That is :meth:`batch` before the first calls in training and in evaluation, with gradients and without, and what
+        :meth:`training_step` does about saved activations.
         """
         before, after = self.model.register_forward_pre_hook, self.model.register_forward_hook
         contexts = ExitStack()
 
-        def first(_: nn.Module, args: Any, kwargs: Any) -> None:
-            handle.remove()
-            self.batch((args, kwargs), "the first call")
+        def first(model: nn.Module, args: Any, kwargs: Any) -> None:
+            self.batch((args, kwargs), (model.training, torch.is_grad_enabled()))
 
         def enter(model: nn.Module, *_: Any) -> None:
             assert self.sharded.saved is not None
@@ -91,7 +91,7 @@ class Engine:
         def leave(*_: Any) -> None:
             contexts.close()
 
-        handle = before(first, prepend=True, with_kwargs=True)
+        before(first, prepend=True, with_kwargs=True)
         if self.sharded.saved is not None:
             before(enter)
             after(leave, always_call=True)

@@ -24,6 +24,7 @@ def shard(
     switches: TPTrainingConfig,
     *,
     device: torch.device,
+    training: bool = True,
     compare: Optional[Callable[[str, Tensor], None]] = None,
 ) -> Sharded:
     """Shard ``model`` in place and move it to ``device``; every process must call it.
@@ -37,6 +38,7 @@ def shard(
         mesh: this process's place.
         switches: the config, of which ``tp_overlap_comm``, ``loss_parallel`` and ``shard_saved_activations`` count.
         device: where to put this rank's part.
+        training: whether training steps follow, for which ``shard_saved_activations`` is.
         compare: raises on all ranks unless a tensor, given with the name of its place, is the same on all of them; of
             what checkpointed blocks keep, the first of each place is given to it. None compares nothing.
 
@@ -56,7 +58,7 @@ def shard(
     if found.saved is not None:
         found.saved.remove()
     saved = None
-    if switches.shard_saved_activations and mesh.tp_size > 1:
+    if training and switches.shard_saved_activations and mesh.tp_size > 1:
         saved = SavedActivations(shared_blocks(model, found.plan), mesh, compare or _nothing)
     found = replace(found, saved=saved)
     setattr(model, SHARDED, found)

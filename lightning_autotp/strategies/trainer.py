@@ -145,6 +145,12 @@ class AutoTPStrategy(CheckpointStrategy):
             yield
 
     @override
+    def connect(self, model: LightningModule) -> None:
+        if self._engine is not None and self._engine.model is not model:
+            self._engine = None  # or it would keep the last run's model while this one is made
+        super().connect(model)
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -154,7 +160,7 @@ class AutoTPStrategy(CheckpointStrategy):
             self.model = self._layer_sync.apply(self.model)
         self.precision_plugin.convert_module(module)
         apply_dtype(module, self.config, str(self.precision_plugin.precision))
-        self._engine = engine = self._shard(module)
+        self._engine = engine = self._shard(module, fitting)
         self.model_to_device()
         statistics_over_dp(module, self.mesh)
         if fitting:
@@ -163,13 +169,15 @@ class AutoTPStrategy(CheckpointStrategy):
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: LightningModule) -> Engine:
+    def _shard(self, module: LightningModule, fitting: bool) -> Engine:
         """Shard and compile the module, unless an earlier run has done it."""
         look, is_new = FirstLook(self.mesh, self.config.check_agreement), sharded(module) is None
         plan = plan_once(module, self.config, self.mesh)
-        found = shard(module, plan, self.mesh, self.config, device=self.root_device, compare=look.shared)
         if is_new and self.tp_size > 1 and self.is_global_zero:
             print_plan(plan)
+        found = shard(
+            module, plan, self.mesh, self.config, device=self.root_device, training=fitting, compare=look.shared
+        )
         if self.config.compile:
             compile_blocks(module, plan)
         return Engine(module, found, look)

@@ -193,12 +193,12 @@ def require_agreement(values: Mapping[str, Digest], mesh: Mesh, fix: str, over: 
 
 def disagreements(values: Mapping[str, Digest], mesh: Mesh, over: Over = "world") -> list[str]:
     """What of ``values`` differs among any ranks of ``over`` that share a model, alike on all of them."""
-    mine = mesh.collectives.world_rank, mesh.dp_rank, mesh.tp_rank, dict(values)
+    mine = mesh.collectives.world_rank, mesh.tp_source, mesh.tp_rank, dict(values)
     everyones = mesh.collectives.gather_objects(mine, over)
-    reference = {dp_rank: (rank, theirs) for rank, dp_rank, tp_rank, theirs in everyones if tp_rank == 0}
+    reference = {source: theirs for _, source, tp_rank, theirs in everyones if tp_rank == 0}
     wrong: dict[str, str] = {}
-    for rank, dp_rank, _, theirs in everyones:
-        source, wanted = reference[dp_rank]
+    for rank, source, _, theirs in everyones:
+        wanted = reference[source]
         for name in [*wanted, *(n for n in theirs if n not in wanted)]:
             difference = _difference(wanted.get(name), theirs.get(name))
             if difference:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +99,8 @@ def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> _Run:
     hooks = [module.register_forward_hook(_recorder(name, run)) for name, module in model.named_modules()]
     for step in range(steps):
         torch.manual_seed(step)
-        loss = loss_of(model(**batches[step % len(batches)]))
+        with nullcontext() if found is None or found.saved is None else found.saved.step():
+            loss = loss_of(model(**batches[step % len(batches)]))
         for hook in hooks:
             hook.remove()
         loss.backward()

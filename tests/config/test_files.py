@@ -225,3 +225,16 @@ def test_a_job_is_still_read_as_yaml(tmp_path: Path) -> None:
     document = yaml.safe_load(job.read_text())
     assert document["trainer"]["gradient_clip_val"] == "1e-3"
     assert parsed(job).config.sequence_parallel
+
+
+def test_values_that_plain_yaml_does_not_know_are_not_looked_at_when_keys_are_checked() -> None:
+    check_keys("run: 2024-02-30\nmore: [1, {a: 2024-99-01}]\n")
+    with pytest.raises(yaml.YAMLError, match=r"says 'a' twice \(lines 2 and 3\)"):
+        check_keys("more:\n- a: 1\n  a: 2\n")
+
+
+def test_a_date_that_is_none_is_an_error_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("preset_model: 2024-02-30\n")
+    with pytest.raises(ValueError, match=r"config: '.*config.yaml' cannot be read: day is out of range"):
+        TPTrainingConfig.load(path)

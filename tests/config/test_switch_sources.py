@@ -75,7 +75,6 @@ def verified(config: Any, **options: Any) -> TPTrainingConfig:
     pool = NoPool()
     verify("llama", 2, config, pool=pool, **options)  # type: ignore[arg-type]
     case = pool.case
-    assert case.sequence_parallel == case.config.sequence_parallel
     assert isinstance(case.config, TPTrainingConfig)
     return case.config
 

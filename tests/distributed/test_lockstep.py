@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from lightning_autotp.config.training_config import TPConfig
 from lightning_autotp.distributed.lockstep import CollectiveMismatchError, Lockstep
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
+from lightning_autotp.training.consistency import FirstLook
 
 
 def test_random_numbers_are_each_ranks_own_and_afterwards_what_they_were() -> None:
@@ -185,3 +187,29 @@ def test_it_works_in_the_middle_of_a_job_at_another_size() -> None:
     again = deepcopy(x)
     mesh.collectives.all_reduce(again)
     assert torch.equal(first, again) and first.tolist() == [3.0] * 3
+
+
+def test_a_mesh_that_outlives_its_run_says_so() -> None:
+    (mesh, _) = Lockstep[Mesh](2).run(lambda mesh: mesh)
+    with pytest.raises(RuntimeError, match="all-reduce.*have ended.*inside of `Lockstep.run`"):
+        mesh.collectives.all_reduce(torch.zeros(1))
+
+
+def test_rows_that_ranks_do_not_divide_cannot_be_scattered() -> None:
+    with pytest.raises(ValueError, match="reduce-scatter: 5 rows do not divide among 2 ranks"):
+        Lockstep[Tensor](2).run(lambda mesh: mesh.collectives.reduce_scatter(torch.zeros(5, 2)))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_ranks_that_share_a_model_are_compared_whatever_their_data_parallel_ranks(alike: bool) -> None:
+    """As an mpu of the user's may number them."""
+
+    def work(mesh: Mesh) -> None:
+        look = FirstLook(replace(mesh, dp_rank=mesh.tp_rank), True)
+        look.batch(torch.full((2,), 0.0 if alike else float(mesh.tp_rank)), "train")
+
+    if alike:
+        assert Lockstep[None](2).run(work) == [None, None]
+    else:
+        with pytest.raises(RuntimeError, match="disagree on batch .*between ranks 0 and 1"):
+            Lockstep[None](2).run(work)

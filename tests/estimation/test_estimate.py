@@ -433,3 +433,15 @@ def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert found["job"]["tp"] == 2 and found["machine"]["gpu"] == "h100" and found["fits"] is True
     assert found["longest"] == pytest.approx(found["compute"] + found["communication"])
     assert {line["kind"] for line in found["traffic"]} == {"all-reduce", "all-gather"}
+
+
+def test_sharded_saved_activations_keep_less_and_gather_more(tmp_path: Path) -> None:
+    path = llama(tmp_path, 3, 132, **TINY)
+    cases: list[dict[str, Any]] = [{"shard_saved_activations": True}, {}]
+    on, off = (
+        run_step(Job(path, tp=2, batch=4, seq=32, checkpointing=True, config=TPTrainingConfig(**switches)))
+        for switches in cases
+    )
+    hidden = 4 * 32 * 64 * 2
+    assert off.kept - on.kept >= 3 * hidden // 2
+    assert counted(on)["all-gather"] - counted(off).get("all-gather", 0) == 3

@@ -88,7 +88,7 @@ def test_raising_rank_is_reported_with_its_values_and_output() -> None:
     assert "no answer 1 s after another rank had failed" in message
     assert "written by rank 1" in message
     assert "to the file descriptor of rank 0" in message
-    assert "tests/rank_pool.py" not in message.split("--- rank 1 output")[0]
+    assert "tests/helpers/rank_pool.py" not in message.split("--- rank 1 output")[0]
     assert run_ranks(2, dist.get_rank) == [0, 1]
 
 

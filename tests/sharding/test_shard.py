@@ -105,3 +105,14 @@ def test_what_checkpointed_blocks_keep_is_given_to_compare() -> None:
     with found.saved.step():
         model(input_ids=tokens, labels=tokens).loss.backward()
     assert any("layers.0" in place for place in seen)
+
+
+@pytest.mark.ranks(2)
+def test_saved_activations_are_of_training_only() -> None:
+    config = TPTrainingConfig(autotp_size=2, shard_saved_activations=True)
+    mesh, device = build_mesh(2, config.tensor_parallel), rank_device()
+    model = tiny_llama()
+    plan = make_plan(model, config)
+    assert shard(model, plan, mesh, config, device=device, training=False).saved is None
+    assert not any(block._forward_pre_hooks for block in model.model.layers)
+    assert shard(model, plan, mesh, config, device=device).saved is not None

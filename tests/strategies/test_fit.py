@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -509,3 +511,21 @@ class DoubleNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.LayerNorm's name for it
         return super().forward(input.double()).float()
+
+
+@pytest.mark.ranks(1)
+def test_the_last_runs_model_is_gone_when_the_next_one_is_made() -> None:
+    run = trainer(strategy(1))
+    first = Regressor()
+    run.validate(first, DataLoader(Rows(4)), verbose=False)
+    gone = weakref.ref(first)
+    del first
+    alive: list[bool] = []
+
+    class Next(Regressor):
+        def configure_model(self) -> None:
+            gc.collect()
+            alive.append(gone() is not None)
+
+    run.validate(Next(), DataLoader(Rows(4)), verbose=False)
+    assert alive and not any(alive)
