@@ -47,6 +47,7 @@ __all__ = [
     "functional_collectives",
     "given_loss_function",
     "grouped_experts_functions",
+    "grouped_experts_in_fp64",
     "has_gate",
     "has_hooks",
     "hide_values_from_transformers",
@@ -284,4 +285,22 @@ def hide_values_from_transformers() -> Iterator[None]:
         mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
         mock.patch.object(moe, "_can_use_grouped_mm", lambda x, weight, offs: weight.dtype == torch.bfloat16),
     ):
+        yield
+
+
+@contextmanager
+def grouped_experts_in_fp64() -> Iterator[None]:
+    """Let transformers multiply groups of fp64 rows by its own fallback: torch's grouped matmul does not know fp64."""
+    try:
+        from transformers.integrations import moe
+
+        able = moe._can_use_grouped_mm
+    except (ImportError, AttributeError):
+        yield
+        return
+
+    def can_use_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> bool:
+        return weight.dtype != torch.float64 and bool(able(x, weight, offs))
+
+    with mock.patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm):
         yield

@@ -7,11 +7,30 @@ held to the scale of the model and not to its own.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from dataclasses import dataclass
+from typing import Literal, Optional
 
 from torch import Tensor
 
-LOSS_TOLERANCE, TOLERANCE = 1e-4, 1e-3
+Precision = Literal["fp64", "fp32"]
+"""What was computed in: ``fp64`` or, where a model does not run in it, ``fp32``: the dtypes that the model has."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How large an error may be.
+
+    Args:
+        loss: of the loss, relative.
+        tensors: of gradients and weights.
+    """
+
+    loss: float
+    tensors: float
+
+
+BOUNDS: dict[Precision, Bounds] = {"fp64": Bounds(1e-6, 1e-5), "fp32": Bounds(1e-4, 1e-3)}
+"""Models of transformers compute some things in fp32 (norms, softmaxes, the loss) whatever dtype they have."""
 
 MODEL_SCALE = 1e-6
 

@@ -1,18 +1,20 @@
-"""What runs in the ranks: a model is built, trained, and compared with the unsharded run."""
+"""What runs in the ranks, which are in this process: a model is built, trained, compared with the unsharded run."""
 
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
-from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.compat import grouped_experts_in_fp64
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.lockstep import Lockstep
+from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
 from lightning_autotp.recipe.make_plan import make_plan
@@ -20,8 +22,9 @@ from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from lightning_autotp.verification.error_metrics import (
-    TOLERANCE,
+    BOUNDS,
     Errors,
+    Precision,
     comparable,
     largest_errors,
     model_norm,
@@ -29,6 +32,8 @@ from lightning_autotp.verification.error_metrics import (
     tensor_error,
     tensor_errors,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,11 @@ class Case:
     steps: int
     kv_heads: int
 
-    @property
-    def unsharded(self) -> tuple[Any, ...]:
-        """What the unsharded run depends on."""
-        return self.source, self.steps, self.kv_heads
-
 
 @dataclass
-class _Run:
+class Run:
+    """What was seen of a model that was trained."""
+
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -80,6 +82,10 @@ class Refused(Exception):
     """make_plan or shard raised a ValueError."""
 
 
+class NotNewError(Exception):
+    """A factory returned parameters that it has returned before."""
+
+
 def _build(case: Case) -> tuple[nn.Module, list[dict[str, Any]]]:
     torch.manual_seed(0)
     if ":" in case.source:
@@ -90,9 +96,9 @@ def _build(case: Case) -> tuple[nn.Module, list[dict[str, Any]]]:
     return small_model(config), small_batches(config, case.steps)
 
 
-def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> _Run:
+def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> Run:
     """The run itself, the same for a whole and for a sharded model."""
-    run, found = _Run(), sharded(model)
+    run, found = Run(), sharded(model)
     gradients = TPGradients(model, found) if found is not None else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-5)
     model.train()
@@ -116,7 +122,7 @@ def _train(model: nn.Module, batches: list[dict[str, Any]], steps: int) -> _Run:
     return run
 
 
-def _recorder(name: str, run: _Run) -> Callable[..., None]:
+def _recorder(name: str, run: Run) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, output: Any) -> None:
         of_many = output if isinstance(output, (tuple, list)) else output.values() if isinstance(output, dict) else ()
         tensors = [output] if isinstance(output, Tensor) else [value for value in of_many if isinstance(value, Tensor)]
@@ -126,7 +132,7 @@ def _recorder(name: str, run: _Run) -> Callable[..., None]:
     return record
 
 
-def _first_difference(got: Sequence[tuple[str, Tensor]], want: Sequence[tuple[str, Tensor]]) -> str:
+def _first_difference(got: Sequence[tuple[str, Tensor]], want: Sequence[tuple[str, Tensor]], bound: float) -> str:
     """The innermost module whose output is the first that differs, among modules inside none whose output is right.
 
     What is cut has another shape and says nothing; partial sums are put right by a module around them.
@@ -139,34 +145,89 @@ def _first_difference(got: Sequence[tuple[str, Tensor]], want: Sequence[tuple[st
         other = expected[name].pop(0) if expected[name] else None
         if other is not None and other.shape == tensor.shape:
             errors[name] = max(errors.get(name, 0.0), comparable(tensor_error(tensor, other, 0.0)[0]))
-    right = {name for name, error in errors.items() if error <= TOLERANCE}
+    right = {name for name, error in errors.items() if error <= bound}
     wrong = (name for name in errors if name not in right)
     return next((n for n in wrong if not any(o == "" or n.startswith(f"{o}.") for o in right if o != n)), "")
 
 
-def reference(rank: int, case: Case, path: str) -> None:
-    """The unsharded run, written to ``path``."""
-    run = _train(*_build(case), case.steps)
+def run_unsharded(case: Case, precision: Precision) -> Run:
+    """The unsharded run.
+
+    Raises:
+        Exception: what building or training the model raises.
+    """
+    (run,) = _on_ranks(case, 1, precision, lambda mesh, model, batches: _train(model, batches, case.steps))
     if not all(map(math.isfinite, run.losses)):
         raise ValueError(f"its losses are {run.losses}")
-    torch.save((run.losses, run.gradients, run.weights, run.outputs), path)
+    return run
 
 
-def measure(rank: int, case: Case, path: str) -> Measured:
-    """The sharded run, compared with the unsharded one at ``path``."""
-    model, batches = _build(case)
+def run_sharded(case: Case, unsharded: Run, precision: Precision) -> list[Measured]:
+    """The sharded run, compared with the unsharded one; one result a rank.
+
+    Raises:
+        Refused: if the plan is refused.
+        Exception: what a rank raises.
+    """
+
+    def work(mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]) -> Measured:
+        return _measure(case, unsharded, precision, mesh, model, batches)
+
+    return _on_ranks(case, case.tp_size, precision, work)
+
+
+def _on_ranks(
+    case: Case,
+    ranks: int,
+    precision: Precision,
+    work: Callable[[Mesh, nn.Module, list[dict[str, Any]]], T],
+) -> list[T]:
+    """Do ``work`` on every rank with a model of its own; all of them begin with the same random numbers."""
+    built = [
+        Lockstep[tuple[nn.Module, list[dict[str, Any]]]](1).run(lambda mesh: _build(case))[0] for _ in range(ranks)
+    ]
+    parameters = [id(parameter) for model, _ in built for parameter in model.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise NotNewError(
+            f"{case.source} returns the same parameters every time it is called; let it build a new model."
+        )
+    with _computing_in(precision):
+        if precision == "fp64":
+            doubled = [{name: _double(value) for name, value in batch.items()} for batch in built[0][1]]
+            built = [(model.double(), doubled) for model, _ in built]
+        return Lockstep[T](ranks).run(lambda mesh: work(mesh, *built[mesh.tp_rank]))
+
+
+@contextmanager
+def _computing_in(precision: Precision) -> Iterator[None]:
+    """Inside, what names no dtype is of this one; entered around all ranks, which share the default."""
+    if precision == "fp32":
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with grouped_experts_in_fp64():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _measure(
+    case: Case, want: Run, precision: Precision, mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]
+) -> Measured:
+    """One rank's sharded run, compared with the unsharded one."""
     if ":" not in case.source:
         from lightning_autotp.model_sources.small import group_experts
 
         group_experts(model)
     full = {name: p.numel() for name, p in model.named_parameters()}
-    mesh = build_mesh(case.tp_size, TPConfig())
     try:
         plan = make_plan(model, case.config, case.tp_size)
         shard(model, plan, mesh, case.config, device=torch.device("cpu"))
     except ValueError as error:
         raise Refused(str(error)) from error
-    got, want, layouts = _train(model, batches, case.steps), _read(path), plan.layouts
+    got, layouts = _train(model, batches, case.steps), plan.layouts
     if got.weights.keys() != want.weights.keys():
         raise RuntimeError(f"the parameters' names differ: {sorted(got.weights.keys() ^ want.weights.keys())}")
     errors, digests = [], {}
@@ -183,20 +244,17 @@ def measure(rank: int, case: Case, path: str) -> Measured:
         {name: (e.kind, e.rule, e.source) for name, e in plan.parameters.items() if name in full},
         {name: layouts[name] for name in full},
         sum(p.numel() for p in model.parameters()) / sum(full.values()),
-        _first_difference(got.outputs, want.outputs),
+        _first_difference(got.outputs, want.outputs, BOUNDS[precision].tensors),
         plan.warnings,
     )
 
 
-def rounding_noise(rank: int, case: Case, path: str, layouts: dict[str, Layout]) -> list[dict[str, float]]:
+def rounding_noise(single: Run, double: Run, layouts: Mapping[str, Layout], tp_size: int) -> list[dict[str, float]]:
     """The errors of the unsharded fp32 run against the fp64 one, the largest over all ranks' parts."""
-    model, batches = _build(case)
-    batches = [{name: _double(value) for name, value in batch.items()} for batch in batches]
-    single, double = _read(path), _train(model.double(), batches, case.steps)
     found = []
     for ours, theirs in zip(single.parts, double.parts):
         norm, of_ranks = model_norm(theirs), []
-        for part in range(case.tp_size):
+        for part in range(tp_size):
             got, want = ({n: layouts[n].shard(t, part) for n, t in tensors.items()} for tensors in (ours, theirs))
             of_ranks.append(tensor_errors(got, want, norm))
         found.append({name: error for name, (error, _) in largest_errors(of_ranks).items()})
@@ -205,10 +263,6 @@ def rounding_noise(rank: int, case: Case, path: str, layouts: dict[str, Layout])
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _read(path: str) -> _Run:
-    return _Run(*torch.load(path, weights_only=True, mmap=True))
 
 
 def _common(local: Tensor, layout: Layout, rank: int) -> Iterator[tuple[int, Tensor]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from lightning_autotp.introspection.names import folded
-from lightning_autotp.verification.error_metrics import comparable
+from lightning_autotp.verification.error_metrics import Precision, comparable
 
 Verdict = Literal["pass", "fail", "refused", "error"]
 
@@ -60,6 +60,7 @@ class Report:
         details: the exception's traceback.
         unsharded: whether the exception is one of the unsharded run: nothing was found out about the plan.
         warnings: those of the plan.
+        precision: what it was computed in; None if nothing could be compared.
         seconds: how long it took.
     """
 
@@ -74,6 +75,7 @@ class Report:
     details: str = ""
     unsharded: bool = False
     warnings: tuple[str, ...] = ()
+    precision: Optional[Precision] = None
     seconds: float = 0.0
 
     @property
@@ -92,8 +94,9 @@ class Report:
             max(comparable(value) for value in of) for of in zip(*((r.gradient, r.weight) for r in self.rows))
         )
         return (
-            f"{start} (loss {self.loss:.1e}, gradients {gradient:.1e}, weights {weight:.1e}; {len(self.failed)} of"
-            f" {len(self.rows)} parameters differ; a rank holds {self.share:.0%}; {self.seconds:.1f} s)"
+            f"{start} (in {self.precision}: loss {self.loss:.1e}, gradients {gradient:.1e}, weights {weight:.1e};"
+            f" {len(self.failed)} of {len(self.rows)} parameters differ; a rank holds {self.share:.0%};"
+            f" {self.seconds:.1f} s)"
         )
 
     def __str__(self) -> str:

@@ -3,14 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning_autotp.verification.rank_pool import Pool
 from lightning_autotp.verification.report import Report
 from lightning_autotp.verification.verify import verify
 
 _NOTE = 160
 
 
-def sweep(types: Iterable[str], sizes: Sequence[int], pool: Pool, **settings: Any) -> dict[str, list[Report]]:
+def sweep(types: Iterable[str], sizes: Sequence[int], **settings: Any) -> dict[str, list[Report]]:
     """The reports of every model type, one a tensor parallel size; a line is printed as each type is done.
 
     A type that is known not to run unsharded has reports that say so.
@@ -22,7 +21,7 @@ def sweep(types: Iterable[str], sizes: Sequence[int], pool: Pool, **settings: An
         if name in NOT_RUNNABLE:
             found[name] = [Report(name, size, "error", message=NOT_RUNNABLE[name], unsharded=True) for size in sizes]
         else:
-            found[name] = [verify(name, size, pool=pool, **settings) for size in sizes]
+            found[name] = [verify(name, size, **settings) for size in sizes]
         seconds = sum(report.seconds for report in found[name])
         cells = ", ".join(f"TP={report.tp_size} {_cell(report)}" for report in found[name])
         print(f"{name}: {cells} ({seconds:.1f} s) {_note(found[name])}".rstrip(), flush=True)

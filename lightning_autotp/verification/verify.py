@@ -1,25 +1,43 @@
 """A model trained whole and sharded, and compared."""
 
-import contextlib
 import os
+import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Optional, Union
 
+from torch import nn
+
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed import lockstep
 from lightning_autotp.verification.error_metrics import (
-    LOSS_TOLERANCE,
+    BOUNDS,
     NOISE,
     ROUNDING,
-    TOLERANCE,
+    Bounds,
     Errors,
+    Precision,
     comparable,
     largest_errors,
 )
-from lightning_autotp.verification.rank_pool import Pool, RankError
-from lightning_autotp.verification.rank_run import Case, Measured, measure, rounding_noise
+from lightning_autotp.verification.rank_run import (
+    Case,
+    Measured,
+    NotNewError,
+    Refused,
+    Run,
+    rounding_noise,
+    run_sharded,
+    run_unsharded,
+)
 from lightning_autotp.verification.report import Report, Row, Verdict, worst_first
+from lightning_autotp.verification.undisturbed import undisturbed
+
+_ERRORS = (Exception, SystemExit)
+"""What a model may raise without ending the process that verifies it."""
 
 
 def verify(
@@ -28,29 +46,27 @@ def verify(
     config: Union[TPTrainingConfig, Mapping[str, Any], str, os.PathLike[str], None] = None,
     *,
     steps: int = 3,
-    tolerance: float = TOLERANCE,
+    tolerance: Optional[float] = None,
     kv_heads: int = 2,
     sequence_parallel: Optional[bool] = None,
-    timeout: float = 120.0,
-    pool: Optional[Pool] = None,
 ) -> Report:
-    """Train a model whole and sharded over ``tp_size`` CPU processes, and compare.
+    """Train a model whole and sharded over ``tp_size`` ranks, all of them in this process, and compare.
 
-    A script that calls this must do so under ``if __name__ == "__main__":``, as with all of Python's multiprocessing.
+    Both are computed in fp64, where a few ulps are far below what a mistake makes; a model that does not run in it
+    keeps its dtypes. What a process shares (random states, the default dtype, warnings, ``sys.path``) is put back.
 
     Args:
         model: a Hugging Face model type or the path of a ``config.json``, of which a small model is made; or
             ``"module:factory"``, a callable without arguments that returns ``(model, batches)``: an nn.Module, and
-            dicts of keyword arguments with which ``model(**batch)`` is the loss, or has it as ``loss``. It is called in
-            every rank, after ``torch.manual_seed(0)``.
+            dicts of keyword arguments with which ``model(**batch)`` is the loss, or has it as ``loss``. It is called
+            for every rank, after ``torch.manual_seed(0)``, and must build a new model each time.
         tp_size: the tensor parallel size; what ``config`` says of it does not matter.
         config: rules, preset and switches, as ``AutoTPStrategy`` takes them.
         steps: optimizer steps (AdamW).
-        tolerance: the bound on the errors of gradients and weights; that of the loss is 1e-4.
+        tolerance: the bound on the errors of gradients and weights; None is 1e-5, or 1e-3 for a model that does not run
+            in fp64. That of the loss is 1e-6, or 1e-4.
         kv_heads: key and value heads of the small model.
         sequence_parallel: whether to run with it; None where ``config`` says it.
-        timeout: seconds that a run may take.
-        pool: processes to use; None starts some and ends them.
 
     Raises:
         ValueError: if ``config`` is wrong. What a model or its plan raises is in the report.
@@ -63,29 +79,86 @@ def verify(
     def report(verdict: Verdict, **found: Any) -> Report:
         return Report(case.source, tp_size, verdict, seconds=time.monotonic() - started, **found)
 
-    with contextlib.nullcontext(pool) if pool is not None else Pool() as used:
+    with undisturbed():
         try:
-            path = used.reference(case, timeout)
-        except RankError as error:
-            return report("error", message=error.message, details=error.details, unsharded=True)
+            unsharded = _unsharded_runs(case)
+        except _ERRORS as error:
+            return report("error", message=_message(error), details=_frames(error), unsharded=True)
         try:
-            ranks: list[Measured] = used.run(tp_size, measure, case, path, timeout=timeout)
-        except RankError as error:
-            if error.refused:
-                return report("refused", message=error.message)
-            return report("error", message=error.message, details=error.details)
-        steps_and_weights = [largest_errors([errors(rank) for rank in ranks]) for errors in _parts(steps)]
+            precision, ranks = _sharded_ranks(case, unsharded)
+        except Refused as refused:
+            return report("refused", message=str(refused))
+        except _ERRORS as error:
+            return report("error", message=_message(error), details=_frames(error))
+        bounds = BOUNDS[precision]
+        bounds = bounds if tolerance is None else Bounds(bounds.loss, tolerance)
+        errors = [largest_errors([errors(rank) for rank in ranks]) for errors in _parts(steps)]
         noise: list[dict[str, float]] = [{} for _ in range(steps + 1)]
-        if any(not error[0] <= tolerance for errors in steps_and_weights for error in errors.values()):
-            with contextlib.suppress(RankError):  # some models cannot run in float64: nothing is excused then
-                noise = used.run(1, rounding_noise, case, path, ranks[0].layouts, timeout=timeout)[0]
-    rows = _rows(ranks, steps_and_weights, noise, tolerance)
+        if any(not error[0] <= bounds.tensors for of_all in errors for error in of_all.values()):
+            noise = _noise(case, unsharded, ranks[0]) or noise
+    rows = _rows(ranks, errors, noise, bounds.tensors)
     loss = max(comparable(rank.loss) for rank in ranks)
-    passed = loss <= LOSS_TOLERANCE and not any(row.since for row in rows)
-    share = max(rank.share for rank in ranks)
-    forward = "" if passed else next((rank.forward for rank in ranks if rank.forward), "")
+    passed = loss <= bounds.loss and not any(row.since for row in rows)
     return report(
-        "pass" if passed else "fail", loss=loss, rows=rows, share=share, forward=forward, warnings=ranks[0].warnings
+        "pass" if passed else "fail",
+        loss=loss,
+        rows=rows,
+        share=max(rank.share for rank in ranks),
+        forward="" if passed else next((rank.forward for rank in ranks if rank.forward), ""),
+        warnings=ranks[0].warnings,
+        precision=precision,
+    )
+
+
+def _unsharded_runs(case: Case) -> dict[Precision, Run]:
+    """The unsharded run in fp64; in fp32 if it fails.
+
+    Raises:
+        Exception: what the model raises in either.
+    """
+    try:
+        return {"fp64": run_unsharded(case, "fp64")}
+    except _ERRORS:
+        return {"fp32": run_unsharded(case, "fp32")}
+
+
+def _sharded_ranks(case: Case, unsharded: dict[Precision, Run]) -> tuple[Precision, list[Measured]]:
+    """The sharded run in fp64, and in fp32 if either fails in fp64; a run that is missing is added to ``unsharded``.
+
+    Raises:
+        Exception: what a rank raises in either.
+    """
+    if "fp64" in unsharded:
+        try:
+            return "fp64", run_sharded(case, unsharded["fp64"], "fp64")
+        except (Refused, NotNewError):
+            raise
+        except _ERRORS:
+            unsharded["fp32"] = run_unsharded(case, "fp32")
+    return "fp32", run_sharded(case, unsharded["fp32"], "fp32")
+
+
+def _noise(case: Case, unsharded: dict[Precision, Run], rank: Measured) -> Optional[list[dict[str, float]]]:
+    """What fp32 itself misses of fp64; None if the model does not run in both: nothing is excused then."""
+    if "fp64" not in unsharded:
+        return None
+    try:
+        single = unsharded.get("fp32") or run_unsharded(case, "fp32")
+    except _ERRORS:
+        return None
+    return rounding_noise(single, unsharded["fp64"], rank.layouts, case.tp_size)
+
+
+def _message(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _frames(error: BaseException) -> str:
+    """Where an error was raised, without our own frames and those of ``nn.Module``."""
+    own, others = Path(__file__).parent, (lockstep.__file__, sys.modules[nn.Module.__module__].__file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    return "".join(
+        traceback.format_list([f for f in frames if Path(f.filename).parent != own and f.filename not in others])
     )
 
 
@@ -113,7 +186,7 @@ def _rows(
         for at, of_all in enumerate(errors):
             error, of_norm = of_all.get(name, (0.0, 0.0))
             rounding = noise[at].get(name, 0.0)
-            is_noise = rounding > NOISE * tolerance
+            is_noise = rounding > NOISE * BOUNDS["fp32"].tensors
             excused = is_noise and of_norm <= ROUNDING
             noisy = max(noisy, rounding if is_noise else 0.0)
             if not (error <= tolerance or excused) or (at, name) in unequal:

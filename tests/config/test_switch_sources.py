@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -19,7 +21,6 @@ from lightning_autotp.cli import verify as verify_command
 from lightning_autotp.config.switches import Switch
 from lightning_autotp.estimation.job import Job
 from lightning_autotp.strategies.arguments import takes_fields_of
-from lightning_autotp.verification.rank_pool import RankError
 from tests.helpers.command_line import autotp, parsed, text_file, write
 
 Source = Callable[[dict[str, Any], Path, pytest.MonkeyPatch], TPTrainingConfig]
@@ -37,14 +38,6 @@ SWITCHES: list[tuple[str, Any]] = [
 
 class Captured(Exception):
     """Raised where the work would begin."""
-
-
-class NoPool:
-    """Processes that are never started: what would be run is kept."""
-
-    def reference(self, case: Any, timeout: float) -> str:
-        self.case = case
-        raise RankError("not run", "", refused=False)
 
 
 def yaml_file(given: dict[str, Any], folder: Path, name: str = "tp.yaml") -> str:
@@ -71,10 +64,17 @@ def from_environment(given: dict[str, Any], folder: Path, monkeypatch: pytest.Mo
 
 
 def verified(config: Any, **options: Any) -> TPTrainingConfig:
-    """The config that ``verify`` runs with, which must say the same as the run it describes."""
-    pool = NoPool()
-    verify("llama", 2, config, pool=pool, **options)  # type: ignore[arg-type]
-    case = pool.case
+    """The config that ``verify`` runs with."""
+    seen: list[Any] = []
+
+    def not_run(case: Any, precision: str) -> None:
+        seen.append(case)
+        raise Captured
+
+    module = importlib.import_module("lightning_autotp.verification.verify")
+    with mock.patch.object(module, "run_unsharded", not_run):
+        assert verify("llama", 2, config, **options).verdict == "error"
+    case = seen[0]
     assert isinstance(case.config, TPTrainingConfig)
     return case.config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
-from lightning_autotp.verification import Pool, verify
+from lightning_autotp.verification import verify
 from tests.helpers import models
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import next_token_loss, token_batches
@@ -40,16 +39,10 @@ ALIKE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool() as processes:
-        yield processes
-
-
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("model_type", ALIKE)
-def test_an_architecture_is_the_unsharded_run(model_type: str, tp_size: int, pool: Pool) -> None:
-    report = verify(model_type, tp_size, sequence_parallel=True, pool=pool)
+def test_an_architecture_is_the_unsharded_run(model_type: str, tp_size: int) -> None:
+    report = verify(model_type, tp_size, sequence_parallel=True)
     assert report.verdict == "pass", report
     assert all(row.bit_equal is not False for row in report.rows)
 
@@ -208,6 +201,6 @@ def test_the_plan_says_what_gathers_and_scatters() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text"])
-def test_blocks_that_read_more_than_hidden_states_are_refused(model_type: str, pool: Pool) -> None:
-    report = verify(model_type, 2, sequence_parallel=True, pool=pool)
+def test_blocks_that_read_more_than_hidden_states_are_refused(model_type: str) -> None:
+    report = verify(model_type, 2, sequence_parallel=True)
     assert "features of all tokens beside the hidden states" in report.message, report
