@@ -1,6 +1,7 @@
 """What runs in the ranks, which are in this process: a model is built, trained, compared with the unsharded run."""
 
 import hashlib
+import importlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.compat import grouped_experts_in_fp64
+from lightning_autotp.compat import grouped_experts_in_fp64, tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.lockstep import Lockstep
 from lightning_autotp.distributed.mesh import Mesh
@@ -183,6 +184,8 @@ def _on_ranks(
     work: Callable[[Mesh, nn.Module, list[dict[str, Any]]], T],
 ) -> list[T]:
     """Do ``work`` on every rank with a model of its own; all of them begin with the same random numbers."""
+    if ":" in case.source:  # what the import draws, which is done once, must not be missing from the next model
+        Lockstep[Any](1).run(lambda mesh: importlib.import_module(case.source.partition(":")[0]))
     built = [
         Lockstep[tuple[nn.Module, list[dict[str, Any]]]](1).run(lambda mesh: _build(case))[0] for _ in range(ranks)
     ]
@@ -193,8 +196,7 @@ def _on_ranks(
         )
     with _computing_in(precision):
         if precision == "fp64":
-            doubled = [{name: _double(value) for name, value in batch.items()} for batch in built[0][1]]
-            built = [(model.double(), doubled) for model, _ in built]
+            built = [(model.double(), tree_map(_double, batches)) for model, batches in built]
         return Lockstep[T](ranks).run(lambda mesh: work(mesh, *built[mesh.tp_rank]))
 
 

@@ -365,7 +365,8 @@ def test_what_the_process_shares_is_put_back(name: str) -> None:
 def test_the_working_directory_is_importable_and_grad_mode_is_the_ranks_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "net_of_a_user.py").write_text(f"from {__name__} import factory\n")
+    drawing = "import torch\ntorch.rand(3)\n"  # when it is imported, which is done once
+    (tmp_path / "net_of_a_user.py").write_text(f"from {__name__} import factory\n{drawing}")
     monkeypatch.chdir(tmp_path)
     with torch.no_grad():
         report = verify("net_of_a_user:factory", 2, RIGHT, steps=1)
