@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config_options(parser)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (3)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads of the small model (2)")
-    parser.add_argument("--tolerance", type=float, help="bound on gradients and weights (1e-5; not in fp64: 1e-3)")
+    parser.add_argument("--tolerance", type=float, help="bound on gradients and weights (1e-4; not in fp64: 1e-3)")
     parser.add_argument("--sweep", nargs="*", metavar="TYPE", help="a table of these types; of all, without names")
     parser.add_argument("--table", metavar="FILE", help="write the sweep's table, in markdown")
     parser.add_argument("--write-readme", metavar="FILE", help=f"write it between {' and '.join(_MARKERS)} of a file")

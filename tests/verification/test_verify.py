@@ -147,6 +147,13 @@ class MixesTokens(Net):
         return {"loss": functional.mse_loss(x, torch.ones_like(x))}
 
 
+class ChangesItsBatch(Net):
+    """Takes nested inputs, and writes into them."""
+
+    def forward(self, inputs: list[Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward(inputs[0].mul_(2))
+
+
 class NotCopied(Net):
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("it cannot be copied")
@@ -227,6 +234,11 @@ def mixing_5() -> tuple[nn.Module, list[dict[str, Any]]]:
 
 def not_copied() -> tuple[nn.Module, list[dict[str, Any]]]:
     return factory(NotCopied)
+
+
+def changing() -> tuple[nn.Module, list[dict[str, Any]]]:
+    model, batches = factory(ChangesItsBatch)
+    return model, [{"inputs": [batch["x"]]} for batch in batches]
 
 
 ONE = Net()
@@ -340,6 +352,11 @@ def test_models_are_built_and_not_copied() -> None:
     with pytest.raises(TypeError, match="cannot be copied"):
         deepcopy(NotCopied())
     assert of("not_copied").verdict == "pass"
+
+
+def test_nested_batches_are_each_ranks_own() -> None:
+    report = of("changing")
+    assert (report.verdict, report.precision) == ("pass", "fp64"), report
 
 
 def test_a_factory_that_builds_nothing_new_is_told() -> None:
