@@ -331,6 +331,12 @@ def test_sizes(tp_size: int) -> None:
     assert verify("qwen3", tp_size, WRONG_FOR_QWEN3, steps=1).verdict == "fail"
 
 
+def test_experts_that_stay_whole_run_in_fp64_too() -> None:
+    """By transformers' own functions, whose grouped matmul does not know it."""
+    report = verify("mixtral", 1, steps=1)
+    assert (report.verdict, report.precision) == ("pass", "fp64"), report
+
+
 def test_a_mistake_that_hides_where_each_rank_has_whole_sequences_shows_at_five_rows() -> None:
     hidden = of("mixing_2", sequence_parallel=True)
     assert hidden.verdict == "pass", hidden
