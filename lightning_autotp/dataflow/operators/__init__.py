@@ -1,0 +1,13 @@
+"""The table of operators: importing it registers the rules of all kinds."""
+
+from lightning_autotp.dataflow.operators import (
+    factories,
+    indexing,
+    matmul,
+    pointwise,
+    reductions,
+    slices,
+    views,
+)
+
+__all__ = ["factories", "indexing", "matmul", "pointwise", "reductions", "slices", "views"]

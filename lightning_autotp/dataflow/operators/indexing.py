@@ -1,0 +1,207 @@
+"""Operators that choose by the values of index tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
+from lightning_autotp.dataflow.operators.combine import Placed, check_not_partial, combine, summed
+from lightning_autotp.dataflow.operators.registry import register
+from lightning_autotp.dataflow.placement import DimPlacement, Placement, covered
+
+
+def _check_full(operand: Operand, dim: int, what: str) -> None:
+    """Refuse to choose by index along a dim that the ranks do not hold in full."""
+    held = operand.placement.dims[dim]
+    if held is not None:
+        raise Wrong(f"{what} by index along dim {dim}, of which each rank holds its part only ({held}).")
+
+
+def _checked(dims: Sequence[DimPlacement], partial: bool) -> Placement:
+    if not covered(dims):
+        raise Wrong("chooses by sharded indices from what is sharded, too: no rank computes some of the elements.")
+    return Placement(tuple(dims), partial)
+
+
+@register("embedding")
+def embedding(event: Event) -> Placement:
+    """Rows of a table; linear in the table."""
+    table, indices = event.tensor("weight"), event.tensor("indices")
+    _check_full(table, 0, "looks up")
+    check_not_partial(indices.placement, "looks up by indices")
+    _check_one_sharded(table, indices)
+    return _checked([*indices.placement.dims, table.placement.dims[1]], table.placement.partial)
+
+
+def _check_one_sharded(values: Operand, indices: Operand) -> None:
+    """A partial sum lacks the other ranks' sums of what a rank chooses alone."""
+    if values.placement.partial and any(dim is not None for dim in indices.placement.dims):
+        raise Wrong("chooses by sharded indices from a partial sum: sum it over the ranks first.")
+
+
+@register("embedding_dense_backward")
+def embedding_backward(event: Event) -> Placement:
+    """The gradient of a table: a sum over all looked-up rows, linear in the gradient."""
+    grad, indices = event.tensor("grad_output"), event.tensor("indices")
+    check_not_partial(indices.placement, "looks up by indices")
+    rows = (*indices.shape, 1), Placement((*indices.placement.dims, None))
+    made = summed(
+        combine([(grad.shape, grad.placement), rows], grad.shape, "product"), set(range(len(rows[0]) - 1)), False
+    )
+    return replace(made, dims=(None, *made.dims))
+
+
+def _index_tensors(event: Event) -> list[tuple[int, Operand]]:
+    """Each index tensor with the first dim that it indexes; masks index several."""
+    found, dim = [], 0
+    for index in event["indices"]:
+        if isinstance(index, Operand):
+            found.append((dim, index))
+        dim += len(index.shape) if isinstance(index, Operand) and index.dtype == torch.bool else 1
+    return found
+
+
+def _indexed(event: Event, operand: Operand) -> tuple[list[int], int, Placed]:
+    """The dims that are indexed, where the indices' dims go, and what the ranks hold of these."""
+    found = _index_tensors(event)
+    for _, index in found:
+        check_not_partial(index.placement, "chooses by indices")
+    masks = [(dim, index) for dim, index in found if index.dtype == torch.bool]
+    if masks:
+        if len(found) > 1:
+            raise Unknown("a mask beside other indices has no rule.")
+        (dim, mask) = masks[0]
+        if not mask.placement.is_replicated:
+            raise Unknown(f"a mask that is {mask.placement} has no rule: ranks choose how many they like.")
+        return [dim + at for at in range(len(mask.shape))], dim, ((-1,), Placement.replicated(1))
+    used = [dim for dim, _ in found]
+    shape = tuple(torch.broadcast_shapes(*(index.shape for _, index in found)))
+    placement = combine([(index.shape, index.placement) for _, index in found], shape)
+    together = used == list(range(used[0], used[-1] + 1))
+    return used, used[0] if together else 0, (shape, placement)
+
+
+@register("index")
+def index(event: Event) -> Placement:
+    """Chooses by index tensors or a mask; linear in what it chooses from."""
+    operand = event.tensor("self")
+    used, start, (_, chosen) = _indexed(event, operand)
+    for dim in used:
+        _check_full(operand, dim, "chooses")
+    for _, tensor in _index_tensors(event):
+        _check_one_sharded(operand, tensor)
+    rest = [held for dim, held in enumerate(operand.placement.dims) if dim not in used]
+    return _checked([*rest[:start], *chosen.dims, *rest[start:]], operand.placement.partial)
+
+
+@register("index_put")
+def index_put(event: Event) -> Placement:
+    """Writes or adds values where indices say: values must be placed as what they go into."""
+    operand, values = event.tensor("self"), event.tensor("values")
+    used, start, (shape, chosen) = _indexed(event, operand)
+    for dim in used:
+        _check_full(operand, dim, "writes")
+    if not chosen.is_replicated:
+        raise Unknown(f"writes where indices say that are {chosen}.")
+    if shape == (-1,):
+        raise Unknown("writing by a mask has no rule.")
+    rest = [
+        (size, held) for dim, (size, held) in enumerate(zip(operand.shape, operand.placement.dims)) if dim not in used
+    ]
+    fresh = [(size, None) for size in shape]
+    target = [*rest[:start], *fresh, *rest[start:]]
+    into = replace(operand.placement, dims=tuple(held for _, held in target))
+    full = tuple(size for size, _ in target)
+    made = combine([(full, into), (values.shape, values.placement)], full, "sum")
+    kept = [*made.dims[:start], *made.dims[start + len(shape) :]]
+    for dim in used:
+        kept.insert(dim, None)
+    return Placement(tuple(kept), made.partial)
+
+
+@register("gather")
+def gather(event: Event) -> Placement:
+    """Of each line along a dim what an index tensor says; linear in what it chooses from."""
+    operand, indices, dim = event.tensor("self"), event.tensor("index"), event.dim()
+    _check_full(operand, dim, "gathers")
+    check_not_partial(indices.placement, "gathers by indices")
+    shape = tuple(1 if at == dim else size for at, size in enumerate(indices.shape))
+    if any(o != i for at, (o, i) in enumerate(zip(operand.shape, indices.shape)) if at != dim):
+        raise Unknown("gathers by indices of another shape than the tensor's.")
+    lines = shape, replace(operand.placement, dims=tuple(operand.placement.dims))
+    return combine([lines, (indices.shape, indices.placement)], indices.shape, "product")
+
+
+@register("scatter", "scatter_add")
+def scatter(event: Event) -> Placement:
+    """Writes or adds values along a dim where an index tensor says."""
+    operand, indices, dim = event.tensor("self"), event.tensor("index"), event.dim()
+    values = event.arguments.get("src", event.arguments.get("value"))
+    tensors = [operand, indices, *([values] if isinstance(values, Operand) else [])]
+    for tensor in tensors:
+        _check_full(tensor, dim, "scatters")
+        if any(a != b for at, (a, b) in enumerate(zip(tensor.shape, operand.shape)) if at != dim):
+            raise Unknown("scatters into a tensor of another shape.")
+    check_not_partial(indices.placement, "scatters by indices")
+    lined = [(operand.shape, tensor.placement) for tensor in tensors]
+    lines = combine([line for line, tensor in zip(lined, tensors) if tensor is not indices], operand.shape, "sum")
+    if not isinstance(values, Operand) and values != 0:
+        check_not_partial(lines, "writes a number into a part")
+    return combine([(operand.shape, lines), lined[1]], operand.shape, "product" if lines.partial else None)
+
+
+@register("index_select")
+def index_select(event: Event) -> Placement:
+    """Entries of a dim as a list of indices says; linear in what it chooses from."""
+    operand, indices, dim = event.tensor("self"), event.tensor("index"), event.dim()
+    _check_full(operand, dim, "selects")
+    check_not_partial(indices.placement, "selects by indices")
+    _check_one_sharded(operand, indices)
+    dims = operand.placement.dims
+    return _checked([*dims[:dim], indices.placement.dims[0], *dims[dim + 1 :]], operand.placement.partial)
+
+
+@register("index_add")
+def index_add(event: Event) -> Placement:
+    """Adds entries along a dim where a list of indices says; what is sharded along it makes a partial sum."""
+    operand, indices, values, dim = event.tensor("self"), event.tensor("index"), event.tensor("source"), event.dim()
+    _check_full(operand, dim, "adds")
+    check_not_partial(indices.placement, "adds by indices")
+    lines = tuple(size if at == dim else 1 for at, size in enumerate(values.shape))
+    where = tuple(indices.placement.dims[0] if at == dim else None for at in range(len(lines)))
+    each = combine([(values.shape, values.placement), (lines, Placement(where))], values.shape, "product")
+    total = summed(each, {dim}, True)
+    return combine([(operand.shape, operand.placement), (operand.shape, total)], operand.shape, "sum")
+
+
+@register("nll_loss_forward")
+def nll_loss(event: Event) -> list[Placement]:
+    """The loss of log-probabilities [tokens, classes]: none, mean (1) or sum (2) over the tokens."""
+    operand, target = event.tensor("self"), event.tensor("target")
+    _check_full(operand, 1, "takes the loss")
+    check_not_partial(target.placement, "takes the loss of targets")
+    shape = operand.shape[:1]
+    rows = shape, replace(operand.placement, dims=operand.placement.dims[:1])
+    tokens = combine([rows, (shape, target.placement)], shape, "product")
+    count = summed(replace(tokens, partial=False), {0}, False)
+    if event["reduction"] == 0:
+        return [tokens, Placement(())]
+    if event["reduction"] == 1 and tokens.dims[0] is not None:
+        raise Wrong(f"takes the mean of the losses of tokens of which each rank has its part only ({tokens}).")
+    return [summed(tokens, {0}, False), count]
+
+
+@register("nll_loss_backward")
+def nll_loss_backward(event: Event) -> Placement:
+    """The gradient of the log-probabilities; linear in the loss's gradient."""
+    operand, target, grad = event.tensor("self"), event.tensor("target"), event.tensor("grad_output")
+    _check_full(operand, 1, "takes the loss's gradient")
+    check_not_partial(target.placement, "takes the loss of targets")
+    check_not_partial(event.tensor("total_weight").placement, "divides by the number of tokens")
+    shape = operand.shape[:1]
+    rows = shape, replace(operand.placement, dims=operand.placement.dims[:1], partial=False)
+    tokens = combine([rows, (shape, target.placement), (grad.shape, grad.placement)], shape, "product")
+    return replace(tokens, dims=(*tokens.dims, None))

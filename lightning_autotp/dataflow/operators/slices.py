@@ -1,0 +1,187 @@
+"""Taking parts of dims and putting them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
+from lightning_autotp.dataflow.operators.combine import Placed, combine
+from lightning_autotp.dataflow.operators.registry import register
+from lightning_autotp.dataflow.placement import Constant, DimPlacement, Part, Placement, Shards, constant, shards
+
+
+def _held(operand: Operand, dim: int, rank: int) -> list[int]:
+    """The full indices that a rank holds along ``dim``, in local order."""
+    here = operand.placement.dims[dim]
+    if isinstance(here, Shards):
+        return [at for start, length in here.parts[rank] for at in range(start, start + length)]
+    return list(range(operand.shape[dim]))
+
+
+def taken(operand: Operand, dim: int, full: range, local: Sequence[range]) -> DimPlacement:
+    """What the ranks hold of the indices ``full`` of a dim, each taking ``local`` of what it has of the dim."""
+    here = operand.placement.dims[dim]
+    if isinstance(here, Constant):
+        return constant(len(full), [len(mine) for mine in local])
+    if here is None and all(mine == full for mine in local):
+        return None
+    places = {index: at for at, index in enumerate(full)}
+    parts: list[Part] = []
+    kept = held = 0
+    for rank, mine in enumerate(local):
+        indices = _held(operand, dim, rank)
+        chosen = [indices[at] for at in mine]
+        other = [index for index in chosen if index not in places]
+        if other:
+            raise Wrong(f"rank {rank} takes index {other[0]} of dim {dim}, which the full model does not take.")
+        kept += len(chosen)
+        held += sum(index in places for index in indices)
+        parts.append(tuple((places[index], 1) for index in chosen))
+    if len({start for part in parts for start, _ in part}) != len(full):
+        raise Wrong(f"no rank takes some of what the full model takes of dim {dim} ({here or 'replicated'}).")
+    if operand.placement.partial and kept != held:
+        raise Wrong(f"ranks take different parts of dim {dim} of a partial sum: sum it over the ranks first.")
+    return shards(len(full), parts)
+
+
+def _replaced(operand: Operand, dim: int, by: DimPlacement) -> Placement:
+    dims = operand.placement.dims
+    return replace(operand.placement, dims=(*dims[:dim], by, *dims[dim + 1 :]))
+
+
+def _local_sizes(event: Event, operand: Operand, dim: int) -> list[int]:
+    return [operand.placement.local_shape(operand.shape, rank)[dim] for rank in range(len(event.ranks))]
+
+
+def _sliced(arguments: Mapping[str, Any], size: int) -> range:
+    return range(*slice(arguments["start"], arguments["end"], arguments["step"]).indices(size))
+
+
+@register("slice", sizes=True)
+def slices(event: Event) -> Placement:
+    """A range of indices of one dim."""
+    operand, dim = event.tensor("self"), event.dim()
+    sizes = _local_sizes(event, operand, dim)
+    local = [_sliced(call.arguments, size) for call, size in zip(event.ranks, sizes)]
+    return _replaced(operand, dim, taken(operand, dim, _sliced(event.arguments, operand.shape[dim]), local))
+
+
+@register("slice_backward", sizes=True)
+def slice_backward(event: Event) -> Placement:
+    """The gradient of a slice: zeros around it, along a dim that is replicated or was taken in full."""
+    grad = event.tensor("grad_output")
+    dim, sizes = event.dim(of="grad_output"), event["input_sizes"]
+    local = [call.arguments["input_sizes"][dim] for call in event.ranks]
+    full = all(
+        _sliced(call, call["input_sizes"][dim]) == range(call["input_sizes"][dim])
+        for call in (event.arguments, *(rank.arguments for rank in event.ranks))
+    )
+    if full:
+        return grad.placement
+    if grad.placement.dims[dim] is not None or any(size != sizes[dim] for size in local):
+        raise Unknown(f"the gradient of a slice of a sharded dim {dim} has no rule.")
+    mine = _sliced(event.arguments, sizes[dim])
+    if any(_sliced(call.arguments, sizes[dim]) != mine for call in event.ranks):
+        raise Unknown(f"the gradient of different slices of dim {dim} has no rule.")
+    return grad.placement
+
+
+def _entry(operand: Operand, dim: int, event: Event) -> None:
+    """Refuse ranks that take another entry of ``dim`` than the full model."""
+    size = operand.shape[dim]
+    index = event["index"] % size
+    for rank, (call, width) in enumerate(zip(event.ranks, _local_sizes(event, operand, dim))):
+        own = call.arguments["index"]
+        if isinstance(operand.placement.dims[dim], Constant):
+            continue
+        if not -width <= own < width or _held(operand, dim, rank)[own] != index:
+            raise Wrong(f"takes entry {index} of dim {dim}, and rank {rank} takes another: {operand.placement}.")
+
+
+def _dropped(placement: Placement, dim: int) -> Placement:
+    return replace(placement, dims=placement.dims[:dim] + placement.dims[dim + 1 :])
+
+
+@register("select", sizes=True)
+def select(event: Event) -> Placement:
+    """One entry of a dim."""
+    operand, dim = event.tensor("self"), event.dim()
+    _entry(operand, dim, event)
+    return _dropped(operand.placement, dim)
+
+
+@register("select_backward", sizes=True)
+def select_backward(event: Event) -> Placement:
+    """The gradient of one entry: zeros around it."""
+    dims = event.tensor("grad_output").placement.dims
+    dim = event["dim"] % len(event.outputs[0])
+    if any(call.arguments["index"] != event["index"] for call in event.ranks):
+        raise Wrong(f"ranks put the gradient of entry {event['index']} of dim {dim} at another place.")
+    return replace(event.tensor("grad_output").placement, dims=(*dims[:dim], None, *dims[dim:]))
+
+
+@register("unbind")
+def unbind(event: Event) -> Placement:
+    """All entries of a dim, a tensor each."""
+    operand, dim = event.tensor("self"), event.dim()
+    if isinstance(operand.placement.dims[dim], Shards):
+        raise Wrong(f"unbinds dim {dim}, of which each rank holds its part only ({operand.placement.dims[dim]}).")
+    return _dropped(operand.placement, dim)
+
+
+@register("split", "split_with_sizes", sizes=True)
+def split(event: Event) -> list[Placement]:
+    """A dim in pieces; of each piece every rank takes what it holds of it."""
+    operand, dim = event.tensor("self"), event.dim()
+    made = []
+    start, starts = 0, [0] * len(event.ranks)
+    for at, shape in enumerate(event.outputs):
+        widths = [local[dim] for local in event.local_outputs(at)]
+        local_ranges = [range(begin, begin + width) for begin, width in zip(starts, widths)]
+        made.append(_replaced(operand, dim, taken(operand, dim, range(start, start + shape[dim]), local_ranges)))
+        start, starts = start + shape[dim], [begin + width for begin, width in zip(starts, widths)]
+    return made
+
+
+@register("cat")
+def cat(event: Event) -> Placement:
+    """Tensors one behind the other along a dim: each rank has its parts of all of them, in order."""
+    operands = event.operands
+    dim = event["dim"] % len(event.outputs[0])
+    if len({operand.placement.partial for operand in operands if not operand.placement.zero}) > 1:
+        raise Unknown("concatenates partial sums with what is none: partial in one part and not in another.")
+    others = [_without_dim(operand, dim) for operand in operands]
+    made = combine(others, others[0][0], "sum")
+    here = [operand.placement.dims[dim] for operand in operands]
+    if any(isinstance(held, Constant) for held in here):
+        raise Unknown(f"concatenates dim {dim}, of which the ranks hold fewer equal entries.")
+    joint: DimPlacement = None
+    if any(held is not None for held in here):
+        starts = [sum(operand.shape[dim] for operand in operands[:at]) for at in range(len(operands))]
+        joint = shards(
+            event.outputs[0][dim],
+            [
+                [
+                    (start + begin, length)
+                    for operand, start, held in zip(operands, starts, here)
+                    for begin, length in (held.parts[rank] if isinstance(held, Shards) else ((0, operand.shape[dim]),))
+                ]
+                for rank in range(len(event.ranks))
+            ],
+        )
+    return replace(made, dims=(*made.dims[:dim], joint, *made.dims[dim:]))
+
+
+def _without_dim(operand: Operand, dim: int) -> Placed:
+    return operand.shape[:dim] + operand.shape[dim + 1 :], _dropped(operand.placement, dim)
+
+
+@register("stack")
+def stack(event: Event) -> Placement:
+    """Tensors of one shape along a new dim."""
+    operands = event.operands
+    dim = event["dim"] % len(event.outputs[0])
+    made = combine([(operand.shape, operand.placement) for operand in operands], operands[0].shape, "sum")
+    return replace(made, dims=(*made.dims[:dim], None, *made.dims[dim:]))

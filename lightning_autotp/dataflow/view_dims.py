@@ -1,0 +1,72 @@
+"""Where the shards of a tensor lie after a view: arithmetic on intervals, group by group of merged and split dims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
+from typing import Optional
+
+from lightning_autotp.dataflow.placement import Part, Shape, joined
+
+
+def flattened(parts: Sequence[Part], sizes: Sequence[int]) -> Part:
+    """The indices of a block in the flat order of dims of ``sizes``, in the block's own order."""
+    if not sizes:
+        return ((0, 1),)
+    row = prod(sizes[1:])
+    rest = flattened(parts[1:], sizes[1:])
+    if rest == ((0, row),):
+        return joined((start * row, length * row) for start, length in parts[0])
+    rows = (at for start, length in parts[0] for at in range(start, start + length))
+    return joined((at * row + start, length) for at in rows for start, length in rest)
+
+
+def unflattened(runs: Part, sizes: Sequence[int]) -> Optional[list[Part]]:
+    """The block along dims of ``sizes`` that lists the flat indices ``runs`` in order; None if there is none."""
+    if not sizes:
+        return []
+    row = prod(sizes[1:])
+    pieces = [piece for start, length in runs for piece in _by_row(start, length, row)]
+    rows = [
+        (at, joined((start, length) for _, start, length in found))
+        for at, found in groupby(pieces, key=lambda piece: piece[0])
+    ]
+    patterns = {pattern for _, pattern in rows}
+    if len(patterns) != 1 or len({at for at, _ in rows}) != len(rows):
+        return None
+    rest = unflattened(patterns.pop(), sizes[1:])
+    return None if rest is None else [joined((at, 1) for at, _ in rows), *rest]
+
+
+def _by_row(start: int, length: int, row: int) -> Iterator[tuple[int, int, int]]:
+    """(row, start in the row, length) of a run, a piece a row."""
+    while length > 0:
+        at, begin = divmod(start, row)
+        step = min(length, row - begin)
+        yield at, begin, step
+        start, length = start + step, length - step
+
+
+def groups(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """The smallest runs of old and of new dims that have the same number of elements; dims of size 1 end a run."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after = [], []
+        x = y = 1
+        if i < len(old):
+            before, x, i = [i], old[i], i + 1
+        if j < len(new):
+            after, y, j = [j], new[j], j + 1
+        while x != y:
+            if (x < y or y == 0) and i < len(old):
+                x, before, i = x * old[i], [*before, i], i + 1
+            elif j < len(new):
+                y, after, j = y * new[j], [*after, j], j + 1
+            else:
+                break
+        while i < len(old) and old[i] == 1 and (j >= len(new) or new[j] != 1):
+            before, i = [*before, i], i + 1
+        while j < len(new) and new[j] == 1 and (i >= len(old) or old[i] != 1):
+            after, j = [*after, j], j + 1
+        yield before, after

@@ -1,0 +1,198 @@
+"""Rows of the operator table, and the truth about them: the operator run on full tensors and on each rank's.
+
+Inputs are written in letters, a letter a dim: ``"bth hk"``; ``8:bt`` are indices below 8, ``p:th`` positive numbers,
+``?:th`` a mask. Cases say what the ranks hold, one word an input: ``.`` replicated, ``t`` sharded along t, ``t*``
+sharded with overlap, ``t=`` equal along t and as many as a shard has, ``t~`` one of them, ``+`` partial, ``0`` zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_autotp.dataflow.event import Event, Operand, RankCall, bound
+from lightning_autotp.dataflow.placement import Constant, Interval, Placement, Shards, constant, shards
+from lightning_autotp.layout.layout import even_widths
+
+SIZES = {
+    "b": (3, 1),
+    "t": (7, 1),
+    "s": (7, 1),
+    "h": (8, 1),
+    "k": (5, 1),
+    "n": (5, 1),
+    "d": (4, 1),
+    "q": (20, 4),
+    "o": (1, 1),
+}
+"""The size of each letter's dim, and the unit that a shard of it holds a whole number of."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator, its inputs, and cases of what the ranks hold of them.
+
+    ``right``: the rule says what comes out. ``wrong``: the rule refuses, and the ranks' results do differ.
+    ``conservative``: it refuses what for these numbers happens to agree. ``unknown``: it does not know.
+    """
+
+    operator: torch._ops.OpOverload
+    inputs: str
+    right: str = ""
+    wrong: str = ""
+    unknown: str = ""
+    conservative: str = ""
+    arguments: Callable[..., tuple[Any, ...]] = lambda *tensors: tensors
+    options: Mapping[str, Any] = field(default_factory=dict)
+    values: bool = True
+    """Whether values are compared, not only shapes (not of uninitialized tensors)."""
+
+    @property
+    def name(self) -> str:
+        """The operator's name, as in the table of rules."""
+        return self.operator._overloadpacket.__name__
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case run on full tensors and on each rank's: what the rules get, and what comes out."""
+
+    event: Event
+    full: list[Tensor]
+    local: list[Optional[list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A full tensor, what the ranks hold of it, and their tensors."""
+
+    full: Tensor
+    placement: Placement
+    local: list[Tensor]
+
+
+def parts_of(letter: str, ranks: int, overlap: bool) -> list[list[Interval]]:
+    """Each rank's interval of a letter's dim."""
+    size, unit = SIZES[letter]
+    widths = even_widths(size, ranks, unit)
+    if overlap:  # each rank holds a unit of the next rank's, too
+        widths = tuple((start, min(length + unit, size - start)) for start, length in widths)
+    return [[interval] for interval in widths]
+
+
+def made_input(spec: str, case: str, ranks: int) -> Input:
+    """A tensor of random numbers as ``spec`` says, distributed as ``case`` says."""
+    kind, _, letters = spec.rpartition(":")
+    shape = [SIZES[letter][0] for letter in letters]
+    if kind == "?":
+        full = torch.randn(shape) > 0
+    elif kind.isdigit():
+        full = torch.randint(int(kind), shape)
+    else:
+        full = torch.randn(shape, dtype=torch.float64)
+        full = full.abs() + 0.5 if kind == "p" else full
+    none = (None,) * len(shape)
+    if case == ".":
+        return Input(full, Placement(none), [full.clone() for _ in range(ranks)])
+    if case == "0":
+        full = torch.zeros_like(full)
+        return Input(full, Placement(none, zero=True), [full.clone() for _ in range(ranks)])
+    if case == "+":
+        pieces = [torch.randn_like(full) for _ in range(ranks - 1)]
+        rest = full - sum(pieces) if pieces else full
+        return Input(full, Placement(none, partial=True), [*pieces, rest])
+    at, parts = letters.index(case[0]), parts_of(case[0], ranks, case[1:] == "*")
+    if case[1:] == "~":
+        parts = [[(0, 1)] for _ in range(ranks)]
+    if case[1:] in ("=", "~"):
+        full = full.narrow(at, 0, 1).expand(shape).contiguous()
+        dim: Any = constant(shape[at], [part[0][1] for part in parts])
+    else:
+        dim = shards(shape[at], parts)
+    local = [full.narrow(at, *part[0]).clone(memory_format=torch.contiguous_format) for part in parts]
+    return Input(full, Placement((*none[:at], dim, *none[at + 1 :])), local)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors that an operator returns."""
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def run(row: Row, case: str, ranks: int) -> Run:
+    """Run ``row`` with its inputs distributed as ``case`` says."""
+    torch.manual_seed(0)
+    inputs = [made_input(spec, word, ranks) for spec, word in zip(row.inputs.split(), case.split(), strict=True)]
+    operands = {id(i.full): Operand(tuple(i.full.shape), i.placement, i.full.dtype) for i in inputs}
+
+    def given(tensors: Sequence[Tensor], known: Mapping[int, Operand]) -> dict[str, Any]:
+        arguments = bound(row.operator, row.arguments(*tensors), row.options)
+        return tree_map(lambda leaf: known[id(leaf)] if isinstance(leaf, Tensor) else leaf, arguments)
+
+    fulls = [i.full for i in inputs]
+    arguments = given(fulls, operands)
+    torch.manual_seed(1)
+    full = tensors_of(row.operator(*row.arguments(*(t.clone() for t in fulls)), **row.options))
+    calls, local = [], []
+    for rank in range(ranks):
+        mine = [i.local[rank] for i in inputs]
+        its = given(mine, {id(m): operands[id(i.full)] for m, i in zip(mine, inputs)})
+        torch.manual_seed(1)
+        try:
+            made = tensors_of(row.operator(*row.arguments(*(t.clone() for t in mine)), **row.options))
+        except (RuntimeError, IndexError, ValueError):
+            made = None
+        calls.append(RankCall(its, None if made is None else tuple(tuple(t.shape) for t in made)))
+        local.append(made)
+    event = Event(row.name, arguments, tuple(tuple(t.shape) for t in full), tuple(calls))
+    return Run(event, full, local)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree to rounding."""
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9)
+
+
+def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
+    """Whether the ranks' tensors are exactly what ``placement`` says of the full one."""
+    if placement.zero and full.count_nonzero():
+        return False
+    total = torch.zeros(full.numel(), dtype=torch.float64)
+    for rank, mine in enumerate(local):
+        where = [_indices(dim, size, rank) for dim, size in zip(placement.dims, full.shape)]
+        part, place = full, torch.arange(full.numel()).reshape(full.shape)
+        for at, indices in enumerate(where):
+            part, place = part.index_select(at, indices), place.index_select(at, indices)
+        if part.shape != mine.shape or not placement.partial and not same(part, mine):
+            return False
+        total.index_add_(0, place.reshape(-1), mine.double().reshape(-1))
+    return not placement.partial or same(total.reshape(full.shape), full)
+
+
+def _indices(dim: Any, size: int, rank: int) -> Tensor:
+    if isinstance(dim, Shards):
+        return torch.cat([torch.arange(0), *(torch.arange(start, start + n) for start, n in dim.parts[rank])])
+    if isinstance(dim, Constant):
+        return torch.zeros(dim.widths[rank], dtype=torch.long)
+    return torch.arange(size)
+
+
+def differ(full: Tensor, local: Sequence[Tensor]) -> bool:
+    """Whether the ranks' results are the full one in no usual placement: replicated, partial, sharded along a dim."""
+    if all(same(mine, full) for mine in local):
+        return False
+    if all(mine.shape == full.shape for mine in local) and same(sum(mine.double() for mine in local), full.double()):  # type: ignore[arg-type]
+        return False
+    for dim in range(full.ndim):
+        rest = [(*mine.shape[:dim], *mine.shape[dim + 1 :]) for mine in local]
+        if (
+            all(len(mine.shape) == full.ndim for mine in local)
+            and len(set(rest)) == 1
+            and same(torch.cat(list(local), dim), full)
+        ):
+            return False
+    return True
