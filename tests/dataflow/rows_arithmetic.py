@@ -181,6 +181,7 @@ ARITHMETIC = (
         )
         for operator in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
     ),
+    Row(aten._safe_softmax.default, "bth", right="b, t", wrong="h, +", arguments=lambda x: (x, -1)),
     Row(aten.sort.default, "th", right="t", wrong="h, +", arguments=lambda x: (x, -1)),
     Row(aten.topk.default, "th", right="t", wrong="h, +", arguments=lambda x: (x, 2, -1)),
     Row(aten.tril.default, "bth", right="b, +", wrong="t, h"),

@@ -64,6 +64,20 @@ MOVES = (
         unknown="t",
         arguments=lambda g: (g, [g.shape[0] + 2, g.shape[1]], 0, 1, g.shape[0] + 1, 1),
     ),
+    Row(
+        *(aten.slice_scatter.default, "th bh"),
+        right="h h, . ., + +, 0 +, h= h",
+        wrong="t ., . b, . h, . +, + .",
+        arguments=lambda x, y: (x, y, 0, 2, 2 + y.shape[0]),
+    ),
+    Row(
+        aten.slice_scatter.default,
+        "th th",
+        right="t t, h h, t* t*, 0 +",
+        wrong="t ., . t",
+        unknown="t= t",
+        arguments=lambda x, y: (x, y, 0),
+    ),
     Row(aten.select.int, "bth", right="b, h, +, t=", wrong="t", arguments=lambda x: (x, 1, -1)),
     Row(aten.select.int, "bth", right="b, h", wrong="t", arguments=lambda x: (x, 1, 0)),
     Row(
@@ -77,7 +91,7 @@ MOVES = (
         "th",
         right="t, +, h=",
         wrong="h",
-        arguments=lambda x: (x, [x.shape[1] - 2, 2], 1),
+        arguments=lambda x: (x, [x.shape[1] - 1, 1], 1),
     ),
     Row(
         aten.cat.default,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from random import Random
 from typing import Any, Optional
 
 import torch
@@ -74,6 +76,17 @@ class Input:
     full: Tensor
     placement: Placement
     local: list[Tensor]
+
+
+def some_cases(row: Row, count: int) -> list[str]:
+    """Up to ``count`` cases of any kind, drawn at random but always the same."""
+    ways = []
+    for spec in row.inputs.split():
+        kind, _, letters = spec.rpartition(":")
+        dims = [letter + how for letter in letters if SIZES[letter][0] > 1 for how in ("", "*", "=")]
+        ways.append([".", *dims, *([] if kind else ["+", "0"])])
+    every = [" ".join(words) for words in product(*ways)]
+    return Random(0).sample(every, min(count, len(every)))
 
 
 def parts_of(letter: str, ranks: int, overlap: bool) -> list[list[Interval]]:
@@ -154,31 +167,32 @@ def run(row: Row, case: str, ranks: int) -> Run:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree to rounding."""
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9)
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
     """Whether the ranks' tensors are exactly what ``placement`` says of the full one."""
     if placement.zero and full.count_nonzero():
         return False
+    if any(placement.local_shape(tuple(full.shape), rank) != tuple(mine.shape) for rank, mine in enumerate(local)):
+        return False
+    for at, dim in enumerate(placement.dims):
+        if isinstance(dim, Constant):  # alike along it, in the full tensor and on each rank: one entry stands for all
+            if not all(same(tensor.narrow(at, 0, 1).expand_as(tensor), tensor) for tensor in (full, *local)):
+                return False
+            full, local = full.narrow(at, 0, 1), [mine.narrow(at, 0, 1) for mine in local]
     total = torch.zeros(full.numel(), dtype=torch.float64)
     for rank, mine in enumerate(local):
-        where = [_indices(dim, size, rank) for dim, size in zip(placement.dims, full.shape)]
         part, place = full, torch.arange(full.numel()).reshape(full.shape)
-        for at, indices in enumerate(where):
-            part, place = part.index_select(at, indices), place.index_select(at, indices)
-        if part.shape != mine.shape or not placement.partial and not same(part, mine):
+        for at, dim in enumerate(placement.dims):
+            if isinstance(dim, Shards):
+                indices = [index for start, length in dim.parts[rank] for index in range(start, start + length)]
+                part = part.index_select(at, torch.tensor(indices, dtype=torch.long))
+                place = place.index_select(at, torch.tensor(indices, dtype=torch.long))
+        if not placement.partial and not same(part, mine):
             return False
         total.index_add_(0, place.reshape(-1), mine.double().reshape(-1))
     return not placement.partial or same(total.reshape(full.shape), full)
-
-
-def _indices(dim: Any, size: int, rank: int) -> Tensor:
-    if isinstance(dim, Shards):
-        return torch.cat([torch.arange(0), *(torch.arange(start, start + n) for start, n in dim.parts[rank])])
-    if isinstance(dim, Constant):
-        return torch.zeros(dim.widths[rank], dtype=torch.long)
-    return torch.arange(size)
 
 
 def differ(full: Tensor, local: Sequence[Tensor]) -> bool:

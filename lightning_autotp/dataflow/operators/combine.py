@@ -41,10 +41,11 @@ def _met(operands: Sequence[Placed], shape: Shape, at: int) -> DimPlacement:
             raise Wrong(f"operands are sharded differently along dim {at} of {list(shape)}: {sharded[0]} and {dim}.")
     if sharded and None in found:
         raise Wrong(f"dim {at} of {list(shape)} is sharded in one operand ({sharded[0]}) and replicated in another.")
-    first: DimPlacement = sharded[0] if sharded else None if None in found or not constants else constants[0]
-    widths = first.widths if first is not None else None
-    for other in constants:
-        if other.widths != widths:
+    longest = max(constants, key=lambda dim: dim.widths, default=None)
+    first: DimPlacement = sharded[0] if sharded else None if None in found else longest
+    widths = first.widths if first is not None else (shape[at],) * len(longest.widths if longest else ())
+    for other in constants:  # a single entry is broadcast
+        if any(mine not in (1, width) for mine, width in zip(other.widths, widths)):
             raise Wrong(
                 f"dim {at} of {list(shape)}: an operand has {other}, which does not fit the other's local size."
             )

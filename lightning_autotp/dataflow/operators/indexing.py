@@ -8,16 +8,19 @@ from dataclasses import replace
 import torch
 
 from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
-from lightning_autotp.dataflow.operators.combine import Placed, check_not_partial, combine, summed
+from lightning_autotp.dataflow.operators.combine import Placed, check_not_mixed, check_not_partial, combine, summed
 from lightning_autotp.dataflow.operators.registry import register
 from lightning_autotp.dataflow.placement import DimPlacement, Placement, covered
 
 
 def _check_full(operand: Operand, dim: int, what: str) -> None:
     """Refuse to choose by index along a dim that the ranks do not hold in full."""
-    held = operand.placement.dims[dim]
-    if held is not None:
-        raise Wrong(f"{what} by index along dim {dim}, of which each rank holds its part only ({held}).")
+    check_not_mixed(operand.placement, {dim}, f"{what} by index")
+
+
+def _choice(indices: Operand) -> Placed:
+    """What the ranks hold of indices; that they are zero says nothing about what they choose."""
+    return indices.shape, replace(indices.placement, zero=False)
 
 
 def _checked(dims: Sequence[DimPlacement], partial: bool) -> Placement:
@@ -79,7 +82,7 @@ def _indexed(event: Event, operand: Operand) -> tuple[list[int], int, Placed]:
         return [dim + at for at in range(len(mask.shape))], dim, ((-1,), Placement.replicated(1))
     used = [dim for dim, _ in found]
     shape = tuple(torch.broadcast_shapes(*(index.shape for _, index in found)))
-    placement = combine([(index.shape, index.placement) for _, index in found], shape)
+    placement = combine([_choice(index) for _, index in found], shape)
     together = used == list(range(used[0], used[-1] + 1))
     return used, used[0] if together else 0, (shape, placement)
 
@@ -132,7 +135,7 @@ def gather(event: Event) -> Placement:
     if any(o != i for at, (o, i) in enumerate(zip(operand.shape, indices.shape)) if at != dim):
         raise Unknown("gathers by indices of another shape than the tensor's.")
     lines = shape, replace(operand.placement, dims=tuple(operand.placement.dims))
-    return combine([lines, (indices.shape, indices.placement)], indices.shape, "product")
+    return combine([lines, _choice(indices)], indices.shape, "product")
 
 
 @register("scatter", "scatter_add")
@@ -146,11 +149,13 @@ def scatter(event: Event) -> Placement:
         if any(a != b for at, (a, b) in enumerate(zip(tensor.shape, operand.shape)) if at != dim):
             raise Unknown("scatters into a tensor of another shape.")
     check_not_partial(indices.placement, "scatters by indices")
-    lined = [(operand.shape, tensor.placement) for tensor in tensors]
-    lines = combine([line for line, tensor in zip(lined, tensors) if tensor is not indices], operand.shape, "sum")
+    lined = [(operand.shape, tensor.placement) for tensor in tensors if tensor is not indices]
+    lines = combine(lined, operand.shape, "sum")
     if not isinstance(values, Operand) and values != 0:
         check_not_partial(lines, "writes a number into a part")
-    return combine([(operand.shape, lines), lined[1]], operand.shape, "product" if lines.partial else None)
+    if not isinstance(values, Operand):
+        lines = replace(lines, zero=lines.zero and values == 0)
+    return combine([(operand.shape, lines), (operand.shape, _choice(indices)[1])], operand.shape, "product")
 
 
 @register("index_select")
@@ -185,12 +190,12 @@ def nll_loss(event: Event) -> list[Placement]:
     check_not_partial(target.placement, "takes the loss of targets")
     shape = operand.shape[:1]
     rows = shape, replace(operand.placement, dims=operand.placement.dims[:1])
-    tokens = combine([rows, (shape, target.placement)], shape, "product")
+    tokens = combine([rows, _choice(target)], shape, "product")
     count = summed(replace(tokens, partial=False), {0}, False)
     if event["reduction"] == 0:
         return [tokens, Placement(())]
-    if event["reduction"] == 1 and tokens.dims[0] is not None:
-        raise Wrong(f"takes the mean of the losses of tokens of which each rank has its part only ({tokens}).")
+    if event["reduction"] == 1:
+        check_not_mixed(tokens, {0}, "takes the mean of the tokens' losses")
     return [summed(tokens, {0}, False), count]
 
 
@@ -202,6 +207,6 @@ def nll_loss_backward(event: Event) -> Placement:
     check_not_partial(target.placement, "takes the loss of targets")
     check_not_partial(event.tensor("total_weight").placement, "divides by the number of tokens")
     shape = operand.shape[:1]
-    rows = shape, replace(operand.placement, dims=operand.placement.dims[:1], partial=False)
-    tokens = combine([rows, (shape, target.placement), (grad.shape, grad.placement)], shape, "product")
+    rows = shape, replace(operand.placement, dims=operand.placement.dims[:1], partial=False, zero=False)
+    tokens = combine([rows, _choice(target), (grad.shape, grad.placement)], shape, "product")
     return replace(tokens, dims=(*tokens.dims, None))

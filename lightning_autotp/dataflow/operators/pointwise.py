@@ -121,6 +121,8 @@ def copy(event: Event) -> Placement:
     """The source, broadcast to what is written."""
     written = event.tensor("self")
     made = combine(
-        [placed(event.tensor("src")), (written.shape, replace(written.placement, zero=True))], written.shape, "sum"
+        [placed(event.tensor("src")), (written.shape, replace(written.placement, partial=False, zero=True))],
+        written.shape,
+        "sum",
     )
     return replace(made, zero=event.tensor("src").placement.zero)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_autotp.dataflow.event import Event, Operand
+from lightning_autotp.dataflow.event import Event, Operand, Unknown
 from lightning_autotp.dataflow.operators.combine import check_not_mixed, check_not_partial, combine, summed, without
 from lightning_autotp.dataflow.operators.registry import register
 from lightning_autotp.dataflow.placement import Constant, Placement
@@ -54,7 +54,7 @@ def cumsum(event: Event) -> Placement:
     return placement
 
 
-@register("_softmax", "_log_softmax", "sort", "topk")
+@register("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk")
 def along(event: Event) -> list[Placement]:
     """Operators that mix along one dim and are linear in nothing."""
     placement = event.tensor("self").placement
@@ -70,7 +70,7 @@ def softmax_backward(event: Event) -> Placement:
     check_not_partial(output.placement, "a softmax's gradient")
     made = combine([(o.shape, o.placement) for o in (grad, output)], grad.shape, "product")
     check_not_mixed(made, {event.dim(of="grad_output")}, "takes the gradient of a softmax")
-    return made
+    return replace(made, zero=grad.placement.zero)
 
 
 @register("tril", "triu")
@@ -90,6 +90,8 @@ def layer_norm(event: Event) -> list[Placement]:
     check_not_partial(operand.placement, "a norm is no linear function")
     check_not_mixed(operand.placement, features, "takes a norm")
     weights = [event[name] for name in ("weight", "bias") if isinstance(event.arguments.get(name), Operand)]
+    if any(weight.placement.partial for weight in weights):
+        raise Unknown("a norm with a weight or bias that is a partial sum has no rule.")
     made = combine([(o.shape, o.placement) for o in (operand, *weights)], operand.shape)
     return [made, *([without(made, features, True)] * (len(event.outputs) - 1))]
 
@@ -102,6 +104,7 @@ def layer_norm_backward(event: Event) -> list[Placement]:
     check_not_partial(operand.placement, "a norm's gradient")
     made = combine([(o.shape, o.placement) for o in (grad, operand)], operand.shape, "product")
     check_not_mixed(made, features, "takes the gradient of a norm")
+    made = replace(made, zero=grad.placement.zero)
     weights = summed(made, set(range(len(made.dims))) - features, False)
     return [made, *([weights] * (len(event.outputs) - 1))]
 

@@ -88,6 +88,23 @@ def slice_backward(event: Event) -> Placement:
     return grad.placement
 
 
+@register("slice_scatter", sizes=True)
+def slice_scatter(event: Event) -> Placement:
+    """A tensor with a slice of it replaced: each rank replaces what it holds of the slice by the same of the source."""
+    operand, source, dim = event.tensor("self"), event.tensor("src"), event.dim()
+    rest = [_without_dim(operand, dim), _without_dim(source, dim)]
+    made = combine(rest, rest[0][0], "sum")
+    here = operand.placement.dims[dim]
+    if isinstance(here, Constant):
+        raise Unknown(f"no rule replaces some of {here}.")
+    local = [_sliced(call.arguments, size) for call, size in zip(event.ranks, _local_sizes(event, operand, dim))]
+    summed = Operand(operand.shape, replace(operand.placement, partial=made.partial), operand.dtype)
+    want = taken(summed, dim, _sliced(event.arguments, operand.shape[dim]), local)
+    if source.placement.dims[dim] != want:
+        raise Wrong(f"ranks replace {want or 'all'} of a slice by {source.placement.dims[dim] or 'all'} of the source.")
+    return replace(made, dims=(*made.dims[:dim], here, *made.dims[dim:]))
+
+
 def _entry(operand: Operand, dim: int, event: Event) -> None:
     """Refuse ranks that take another entry of ``dim`` than the full model."""
     size = operand.shape[dim]

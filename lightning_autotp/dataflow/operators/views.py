@@ -91,7 +91,7 @@ def expand(event: Event) -> Placement:
     more = len(new) - len(operand.shape)
     dims = [
         constant(size, [shape[at] for shape in local])
-        if at < more or operand.shape[at - more] != size
+        if at < more or operand.shape[at - more] != size or isinstance(operand.placement.dims[at - more], Constant)
         else operand.placement.dims[at - more]
         for at, size in enumerate(new)
     ]
