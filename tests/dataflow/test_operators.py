@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_autotp.dataflow.event import Unknown, Wrong
+from lightning_autotp.dataflow.event import Event, Operand, RankCall, Unknown, Wrong
+from lightning_autotp.dataflow.operators import registry
 from lightning_autotp.dataflow.operators.registry import TABLE, is_random, propagate
+from lightning_autotp.dataflow.placement import Placement
 from tests.dataflow.rows_arithmetic import ARITHMETIC
 from tests.dataflow.rows_moves import MOVES
 from tests.helpers.operator_rows import Row, Run, differ, holds, run, some_cases
@@ -82,3 +84,37 @@ def test_random_operators_are_marked() -> None:
     aten = torch.ops.aten
     assert is_random(aten.native_dropout.default) and is_random(aten.bernoulli_.float)
     assert not is_random(aten.mul.Tensor) and not is_random(aten.sort.default)
+
+
+def test_an_operator_without_a_rule_is_known_only_where_all_is_replicated() -> None:
+    row, made_of_sizes = Row(torch.ops.aten.erfinv.default, "th"), Row(torch.ops.aten.eye.default, "t", arguments=sizes)
+    assert not TABLE.keys() & {row.name, made_of_sizes.name}
+    assert [placement.is_replicated for placement in propagate(run(row, ".", ranks=2).event)] == [True]
+    with pytest.raises(Unknown, match=r"no rule says what erfinv makes of \[7, 8\] sharded along dim 1 \(0:4 \| 4:8\)."):
+        propagate(run(row, "h", ranks=2).event)
+    with pytest.raises(Unknown, match="rank 0 computes eye with 4 where the full model has 7."):
+        propagate(run(made_of_sizes, "t", ranks=2).event)
+
+
+def sizes(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def test_a_collective_registers_a_rule_that_is_always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TABLE", {})
+
+    @registry.register("reduce_output", always=True)
+    def reduce_output(event: Event) -> Placement:
+        if not event.tensor("input").placement.partial:
+            raise Wrong("sums over the ranks what each of them holds already.")
+        return Placement.replicated(len(event.outputs[0]))
+
+    def reduced(placement: Placement) -> list[Placement]:
+        arguments = {"input": Operand((4,), placement, torch.float64)}
+        return propagate(Event("reduce_output", arguments, ((4,),), (RankCall(arguments, ((4,),)),) * 2))
+
+    assert reduced(Placement((None,), partial=True)) == [Placement.replicated(1)]
+    with pytest.raises(Wrong, match="holds already"):
+        reduced(Placement.replicated(1))
+    with pytest.raises(ValueError, match="'reduce_output' has a rule already"):
+        registry.register("reduce_output")(reduce_output)

@@ -18,24 +18,26 @@ Rule = Callable[[Event], Union[Placement, list[Placement]]]
 
 @dataclass(frozen=True)
 class Registered:
-    """A rule; ``sizes``: numbers among the arguments are sizes, which ranks may have of their own."""
+    """A rule; ``sizes``: numbers are sizes, which ranks may have of their own; ``always``: asked of replicated, too."""
 
     rule: Rule
     sizes: bool
+    always: bool
 
 
 TABLE: dict[str, Registered] = {}
 
 
-def register(*names: str, sizes: bool = False) -> Callable[[Rule], Rule]:
+def register(*names: str, sizes: bool = False, always: bool = False) -> Callable[[Rule], Rule]:
     """Say that a rule follows the operators ``names`` (names of OpOverloadPackets, or of autograd functions of ours).
 
     A rule gets the event and returns what the ranks hold of the outputs, or raises Wrong or Unknown with a sentence.
-    It is asked only if a tensor is not replicated, or if ``sizes`` is given, for which it answers for the numbers that
-    ranks have of their own; other operators' numbers must be the full model's. What it returns is checked against the
-    shapes that the ranks make. A collective or an autograd function registers its rule in the file it is written in::
+    It is asked only if a tensor is not replicated, or with ``always`` (a collective changes what is replicated, too) or
+    ``sizes``: then it answers for the numbers that ranks have of their own, while those of other operators must be the
+    full model's. What it returns is checked against the shapes that the ranks make. A collective or an autograd
+    function registers its rule in the file it is written in::
 
-        @register("reduce_output")
+        @register("reduce_output", always=True)
         def reduce_output(event: Event) -> Placement:
             if not event.tensor("input").placement.partial:
                 raise Wrong("sums over the ranks what each of them holds already.")
@@ -46,7 +48,7 @@ def register(*names: str, sizes: bool = False) -> Callable[[Rule], Rule]:
         for name in names:
             if name in TABLE:
                 raise ValueError(f"the operator {name!r} has a rule already.")
-            TABLE[name] = Registered(rule, sizes)
+            TABLE[name] = Registered(rule, sizes, sizes or always)
         return rule
 
     return add
@@ -65,7 +67,7 @@ def propagate(event: Event) -> list[Placement]:
     found = TABLE.get(event.name)
     if found is None or not found.sizes:
         _check_numbers(event, Unknown if found is None else Wrong)
-    if all(operand.placement.is_replicated for operand in event.operands) and not (found and found.sizes):
+    if all(operand.placement.is_replicated for operand in event.operands) and not (found and found.always):
         made = [Placement.replicated(len(shape)) for shape in event.outputs]
     elif found is None:
         raise Unknown(f"no rule says what {event.name} makes of {_placed(event)}.")
