@@ -75,7 +75,7 @@ MOVES = (
         "th th",
         right="t t, h h, t* t*, 0 +",
         wrong="t ., . t",
-        unknown="t= t",
+        unknown="t= t, t t=",
         arguments=lambda x, y: (x, y, 0),
     ),
     Row(aten.select.int, "bth", right="b, h, +, t=", wrong="t", arguments=lambda x: (x, 1, -1)),

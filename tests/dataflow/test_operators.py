@@ -90,7 +90,9 @@ def test_an_operator_without_a_rule_is_known_only_where_all_is_replicated() -> N
     row, made_of_sizes = Row(torch.ops.aten.erfinv.default, "th"), Row(torch.ops.aten.eye.default, "t", arguments=sizes)
     assert not TABLE.keys() & {row.name, made_of_sizes.name}
     assert [placement.is_replicated for placement in propagate(run(row, ".", ranks=2).event)] == [True]
-    with pytest.raises(Unknown, match=r"no rule says what erfinv makes of \[7, 8\] sharded along dim 1 \(0:4 \| 4:8\)."):
+    with pytest.raises(
+        Unknown, match=r"no rule says what erfinv makes of \[7, 8\] sharded along dim 1 \(0:4 \| 4:8\)."
+    ):
         propagate(run(row, "h", ranks=2).event)
     with pytest.raises(Unknown, match="rank 0 computes eye with 4 where the full model has 7."):
         propagate(run(made_of_sizes, "t", ranks=2).event)

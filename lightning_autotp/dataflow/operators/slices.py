@@ -95,8 +95,8 @@ def slice_scatter(event: Event) -> Placement:
     rest = [_without_dim(operand, dim), _without_dim(source, dim)]
     made = combine(rest, rest[0][0], "sum")
     here = operand.placement.dims[dim]
-    if isinstance(here, Constant):
-        raise Unknown(f"no rule replaces some of {here}.")
+    if isinstance(here, Constant) or isinstance(source.placement.dims[dim], Constant):
+        raise Unknown(f"no rule replaces a slice along dim {dim} where ranks hold fewer equal entries.")
     local = [_sliced(call.arguments, size) for call, size in zip(event.ranks, _local_sizes(event, operand, dim))]
     summed = Operand(operand.shape, replace(operand.placement, partial=made.partial), operand.dtype)
     want = taken(summed, dim, _sliced(event.arguments, operand.shape[dim]), local)
