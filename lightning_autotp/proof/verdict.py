@@ -1,0 +1,48 @@
+"""What is known of a plan, once a step of the model has been looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_autotp.diagnostics import Diagnostic, listed
+
+Kind = Literal["proved", "unknown", "refuted"]
+
+_ORDER: tuple[Kind, ...] = ("proved", "unknown", "refuted")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the sharded step computes what the unsharded one does.
+
+    Args:
+        kind: *proved*; *refuted*, by a concrete difference; or *unknown*, where something could not be followed.
+        findings: what refutes it, or what could not be followed.
+        assumed: the lines of code that read values of replicated tensors, which were assumed.
+        unproved: parameters that the step did not use, of which nothing is known.
+        random: the lines of code that draw random numbers for sharded tensors, up to which it is proved.
+    """
+
+    kind: Kind
+    findings: tuple[Diagnostic, ...] = ()
+    assumed: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
+    random: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The verdict and its findings, one a line."""
+        return "\n".join(filter(None, (self.kind, listed(self.findings))))
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Join verdicts of different steps or ranks into one: the worst kind, and everything that was found."""
+    found = list(verdicts)
+    kind = max((verdict.kind for verdict in found), key=_ORDER.index, default="proved")
+
+    def union(name: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(line for verdict in found for line in getattr(verdict, name)))
+
+    findings = tuple(dict.fromkeys(one for verdict in found if verdict.kind != "proved" for one in verdict.findings))
+    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"))
