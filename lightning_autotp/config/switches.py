@@ -1,7 +1,7 @@
 """What the switches and sizes of the config may be set to; nothing is converted, so that no typo turns one on."""
 
 from numbers import Integral
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import BeforeValidator, ValidationInfo
 
@@ -10,11 +10,28 @@ LossParallel = Union[bool, Literal["fused"]]
 
 FUSED = "fused"
 
+ProofMode = Literal["on", "warn", "require", "off"]
+"""What ``AutoTPStrategy(proof=...)`` takes."""
+
 
 def check_loss_parallel(value: object) -> None:
     """Raise a ValueError unless ``value`` is a :data:`LossParallel`."""
     if not isinstance(value, bool) and value != FUSED:
         raise ValueError(f"loss_parallel: {value!r} is none of True, False and {FUSED!r}.")
+
+
+def as_proof_mode(value: object) -> ProofMode:
+    """A :data:`ProofMode`; YAML reads ``on`` and ``off`` without quotes as true and false.
+
+    Raises:
+        ValueError: if it is none; the message names the field.
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    for mode in get_args(ProofMode):
+        if value == mode:
+            return mode
+    raise ValueError(f"proof: {value!r} is none of {', '.join(map(repr, get_args(ProofMode)))}.")
 
 
 def check_switch(name: str, value: object) -> None:
@@ -44,6 +61,11 @@ def _loss_parallel(value: Any) -> Any:
     return value
 
 
+def _proof(value: Any) -> Any:
+    return as_proof_mode(value)
+
+
+ProofSwitch = Annotated[ProofMode, BeforeValidator(_proof)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
 Size = Annotated[int, BeforeValidator(_size)]
 LossSwitch = Annotated[LossParallel, BeforeValidator(_loss_parallel)]

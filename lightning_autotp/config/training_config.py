@@ -16,7 +16,7 @@ from lightning_autotp.config import deepspeed
 from lightning_autotp.config.descriptions import describe, with_entries
 from lightning_autotp.config.dtypes import DType
 from lightning_autotp.config.files import read_document
-from lightning_autotp.config.switches import LossSwitch, Size, Switch
+from lightning_autotp.config.switches import LossSwitch, ProofSwitch, Size, Switch
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.specs.layer_spec import AutoTPConfig, nearest
 
@@ -148,6 +148,11 @@ class TPTrainingConfig(_Section):
 
     check_agreement: Switch = True
     """Compare the data, the loss and replicated gradients across tensor parallel ranks, once a run."""
+
+    proof: ProofSwitch = "warn"
+    """Before the first step of each kind, compare it on a small copy of the model with the unsharded step: its loss and
+    every gradient. ``"on"``: a difference is an error that names the line of code, and what could not be looked at a
+    warning. ``"warn"``: both are warnings. ``"require"``: both are errors. ``"off"``: no look is taken."""
 
     @model_validator(mode="before")
     @classmethod

@@ -76,9 +76,11 @@ def called_around(module: nn.Module, plan: ShardingPlan) -> list[nn.Module]:
     if plan.sequence is not None:  # blocks put out a rank's own tokens
         return []
     around = module.get_submodule(".".join(os.path.commonprefix([path[:-1] for path in paths])))
+    sharded = {module.get_submodule(".".join(path)) for path in paths}  # what these put out may be a rank's own
+    children = [child for child in _called_children(around) if child not in sharded]
     if around is module:
-        return [module, *_called_children(module)]
-    return list(_called_children(around)) if isinstance(around, (nn.ModuleList, nn.ModuleDict)) else [around]
+        return [module, *children]
+    return children if isinstance(around, (nn.ModuleList, nn.ModuleDict)) else [around]
 
 
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:

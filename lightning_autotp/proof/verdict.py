@@ -22,7 +22,9 @@ class Verdict:
         findings: what refutes it, or what could not be followed.
         assumed: the lines of code that read values of replicated tensors, which were assumed.
         unproved: parameters that the step did not use, of which nothing is known.
-        random: the lines of code that draw random numbers for sharded tensors, up to which it is proved.
+        random: the lines of code that draw random numbers, up to which it is proved.
+        completed: replicated parameters whose gradients are partial sums, with ``grad_allreduce`` for which it is
+            proved.
     """
 
     kind: Kind
@@ -30,19 +32,26 @@ class Verdict:
     assumed: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
+    completed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The verdict and its findings, one a line."""
-        return "\n".join(filter(None, (self.kind, listed(self.findings))))
+        return "\n".join(filter(None, (self.kind, self.listed)))
+
+    @property
+    def listed(self) -> str:
+        """The findings, one a line."""
+        return listed(self.findings)
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """Join verdicts of different steps or ranks into one: the worst kind, and everything that was found."""
     found = list(verdicts)
-    kind = max((verdict.kind for verdict in found), key=_ORDER.index, default="proved")
+    kinds: list[Kind] = [verdict.kind for verdict in found]
+    kind: Kind = max(kinds, key=_ORDER.index, default="proved")
 
     def union(name: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(line for verdict in found for line in getattr(verdict, name)))
 
     findings = tuple(dict.fromkeys(one for verdict in found if verdict.kind != "proved" for one in verdict.findings))
-    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"))
+    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"), union("completed"))

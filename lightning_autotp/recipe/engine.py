@@ -15,8 +15,11 @@ from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.prover import Look, Prover
+from lightning_autotp.proof.values import with_grad_allreduce
 from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.state import Sharded, sharded
+from lightning_autotp.recipe.proving import prove_together
+from lightning_autotp.sharding.state import Sharded, sharded, with_plan
 from lightning_autotp.training.compile import is_compiled
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.gradients import TPGradients, shared_scaler
@@ -43,11 +46,14 @@ class Engine:
         model: a sharded model.
         found: how it was sharded.
         look: the comparisons of this run.
+        prover: proves the steps of this run; None proves nothing.
     """
 
-    def __init__(self, model: nn.Module, found: Sharded, look: FirstLook) -> None:
+    def __init__(self, model: nn.Module, found: Sharded, look: FirstLook, prover: Optional[Prover] = None) -> None:
         self.model, self.sharded, self.mesh = model, found, found.mesh
-        self.look = look
+        self.look, self.prover = look, prover
+        if prover is not None:
+            prover.sharded(model)
         self._gradients: Optional[TPGradients] = None
 
     @property
@@ -120,6 +126,22 @@ class Engine:
             self.sharded.saved.remove()
 
     # -- a step -------------------------------------------------------------------------------------------------------
+
+    def prove(self, look: Look) -> None:
+        """Prove a step if it is the first of its kind; what is found of partial gradients is put right.
+
+        Raises:
+            PlanRefutedError: on all ranks, if it would not compute what the unsharded model does.
+        """
+        if self.prover is None or not self.prover.is_new(self.model, look):
+            return
+        partial = prove_together(self.prover, self.model, look, self.mesh)
+        if partial:
+            self.prover.plan = with_grad_allreduce(self.sharded.plan, partial)
+            self.sharded = with_plan(self.model, self.prover.plan)
+            if self._gradients is not None:
+                self._gradients.remove()
+                self._gradients = TPGradients(self.model, self.sharded, compiled=is_compiled(self.model))
 
     def batch(self, batch: Any, loader: object) -> None:
         """See a batch before it goes to the model; the first of each ``loader`` is compared."""

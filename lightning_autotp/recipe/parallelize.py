@@ -5,17 +5,21 @@ Lightning converts the module's precision, wraps it for data parallelism and set
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
+from lightning_autotp.proof.prover import Look
+from lightning_autotp.proof.step import loss_of_batch
 from lightning_autotp.recipe.engine import Engine, plan_once
 from lightning_autotp.recipe.parallelized import Parallelized
+from lightning_autotp.recipe.proving import prove_sample, prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.compile import compile_blocks
@@ -31,6 +35,8 @@ def parallelize(
     device: Union[torch.device, str, None] = None,
     autocast: Optional[torch.dtype] = None,
     ddp: Optional[Mapping[str, Any]] = None,
+    sample_batch: Any = None,
+    loss_fn: Optional[Callable[[nn.Module, Any], Tensor]] = None,
     **fields: Any,
 ) -> Parallelized:
     """Parallelize ``model`` in place for a training loop of one's own; every process must call it.
@@ -45,6 +51,10 @@ def parallelize(
         device: where to train; None takes this process's GPU, or the CPU where the backend is gloo.
         autocast: the dtype of ``torch.autocast``, for a loop that runs under it.
         ddp: more arguments of torch's ``DistributedDataParallel``.
+        sample_batch: a batch to prove the plan with before anything is sharded, together with ``loss_fn``.
+        loss_fn: ``(model, batch) -> loss``; None calls ``model(**batch)``, or ``model(*batch)``, and takes what it
+            returns, or its ``loss``. Without a sample nothing is proved before the loop calls
+            :meth:`~lightning_autotp.recipe.parallelized.Parallelized.prove`.
         **fields: fields of the config, such as ``autotp_size``; they win over it.
 
     Raises:
@@ -59,11 +69,18 @@ def parallelize(
         model.to(switches.dtype)
 
     plan, look = plan_once(model, switches, mesh), FirstLook(mesh, switches.check_agreement)
+    prover = prover_of(model, plan, switches, mesh)
+    if prover is not None:
+        if sample_batch is None:
+            rank_zero_info("lightning_autotp: no sample_batch was given, so the loss is not proved; call `prove`.")
+        else:
+            prover.sharded(model)
+            plan = prove_sample(prover, model, Look("training", (sample_batch,), call=loss_fn or loss_of_batch), mesh)
     found = shard(model, plan, mesh, switches, device=device, compare=look.shared)
     if switches.compile:
         compile_blocks(model, plan)
     statistics_over_dp(model.to(device), mesh)
-    engine = Engine(model, found, look)
+    engine = Engine(model, found, look, prover)
     engine.begin_training(device, autocast)
     engine.watch_calls()
     return Parallelized(replicate(model, mesh, device, ddp or {}), model, mesh, plan, engine)

@@ -1,7 +1,7 @@
 """A model that was parallelized for a training loop of one's own, and what such a loop needs of it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
@@ -15,6 +15,7 @@ from lightning_autotp.checkpoint.run_state import load_state, read_state, unshar
 from lightning_autotp.checkpoint.state_dict import Placement
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.prover import Look
 from lightning_autotp.recipe.engine import Engine
 
 
@@ -45,6 +46,20 @@ class Parallelized:
     def no_sync(self) -> AbstractContextManager[None]:
         """A context for the forward and backward passes of all but the last batch that gradients are summed over."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def prove(self, step: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:
+        """Prove a step of the loop before it is taken: its loss and gradients against the unsharded model's.
+
+        Partial gradients of replicated parameters that are found are summed from now on.
+
+        Args:
+            step: ``(model, batch) -> loss``; it is called with copies of the model, and must use no other.
+            batch: what the step will be called with.
+
+        Raises:
+            PlanRefutedError: a ``ValueError``, on all ranks, if it would not compute what the unsharded model does.
+        """
+        self.engine.prove(Look("training", (batch,), call=step))
 
     def step(
         self, optimizer: Optimizer, max_norm: Optional[float] = None, loss: Optional[Tensor] = None

@@ -1,6 +1,6 @@
 """What a sharded model keeps of how it was made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 from torch import nn
@@ -31,6 +31,15 @@ class Sharded:
         self.batch.seen.clear()
         for group in self.columns:
             group.settle()
+
+
+def with_plan(model: nn.Module, plan: ShardingPlan) -> Sharded:
+    """Put another plan in the place of that of a sharded model: one that says more of its gradients."""
+    found = sharded(model)
+    assert found is not None
+    found = replace(found, plan=plan)
+    setattr(model, SHARDED, found)
+    return found
 
 
 def sharded(model: nn.Module) -> Optional[Sharded]:

@@ -19,11 +19,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_autotp.compat import optimizers_to_device
-from lightning_autotp.config.switches import LossParallel
+from lightning_autotp.config.switches import LossParallel, ProofMode
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.plans.plan_table import print_plan
+from lightning_autotp.proof.prover import Look, Prover
 from lightning_autotp.recipe.engine import Engine, plan_once
+from lightning_autotp.recipe.proving import prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.arguments import takes_fields_of
@@ -81,6 +83,7 @@ class AutoTPStrategy(CheckpointStrategy):
         save_distributed_checkpoint: bool = True,
         exclude_frozen_parameters: bool = False,
         check_agreement: Optional[bool] = None,
+        proof: Optional[ProofMode] = None,
         process_group_backend: Optional[str] = None,
         timeout: timedelta = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -106,6 +109,7 @@ class AutoTPStrategy(CheckpointStrategy):
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._all_devices = False
         self._engine: Optional[Engine] = None
+        self._prover: Optional[Prover] = None
 
     def __repr__(self) -> str:
         # other Trainers (pytorch_lightning's) show this when they refuse the strategy
@@ -147,7 +151,7 @@ class AutoTPStrategy(CheckpointStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         if self._engine is not None and self._engine.model is not model:
-            self._engine = None  # or it would keep the last run's model while this one is made
+            self._engine = self._prover = None  # or they would keep the last run's model while this one is made
         super().connect(model)
 
     @override
@@ -175,12 +179,14 @@ class AutoTPStrategy(CheckpointStrategy):
         plan = plan_once(module, self.config, self.mesh)
         if is_new and self.tp_size > 1 and self.is_global_zero:
             print_plan(plan)
+        if is_new:
+            self._prover = prover_of(module, plan, self.config, self.mesh)
         found = shard(
             module, plan, self.mesh, self.config, device=self.root_device, training=fitting, compare=look.shared
         )
         if self.config.compile:
             compile_blocks(module, plan)
-        return Engine(module, found, look)
+        return Engine(module, found, look, self._prover)
 
     def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
         if self.tp_size > 1:
@@ -212,19 +218,26 @@ class AutoTPStrategy(CheckpointStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._prove("training", args)
         return self.engine.training_step(super().training_step, *args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._prove("validation", args)
         return self.engine.evaluation_step(super().validation_step, *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._prove("test", args)
         return self.engine.evaluation_step(super().test_step, *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._prove("predict", args)
         return self.engine.evaluation_step(super().predict_step, *args, **kwargs)
+
+    def _prove(self, stage: str, args: tuple[Any, ...]) -> None:
+        self.engine.prove(Look(stage, args, self._module.trainer))
 
     @override
     def optimizer_step(

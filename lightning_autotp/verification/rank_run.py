@@ -18,11 +18,7 @@ from lightning_autotp.distributed.lockstep import Lockstep
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
-from lightning_autotp.recipe.make_plan import make_plan
-from lightning_autotp.sharding.shard import shard
-from lightning_autotp.sharding.state import sharded
-from lightning_autotp.training.gradients import TPGradients
-from lightning_autotp.verification.error_metrics import (
+from lightning_autotp.proof.error_metrics import (
     BOUNDS,
     Errors,
     Precision,
@@ -33,6 +29,10 @@ from lightning_autotp.verification.error_metrics import (
     tensor_error,
     tensor_errors,
 )
+from lightning_autotp.recipe.make_plan import make_plan
+from lightning_autotp.sharding.shard import shard
+from lightning_autotp.sharding.state import sharded
+from lightning_autotp.training.gradients import TPGradients
 
 T = TypeVar("T")
 

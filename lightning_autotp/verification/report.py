@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from lightning_autotp.introspection.names import folded
-from lightning_autotp.verification.error_metrics import Precision, comparable
+from lightning_autotp.proof.error_metrics import Precision, comparable
 
 Verdict = Literal["pass", "fail", "refused", "error"]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed import lockstep
-from lightning_autotp.verification.error_metrics import (
+from lightning_autotp.proof.error_metrics import (
     BOUNDS,
     NOISE,
     ROUNDING,

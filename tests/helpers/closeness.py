@@ -1,6 +1,6 @@
 """How close is close: the one comparison that all parity tests use.
 
-The error of a tensor is that of :mod:`lightning_autotp.verification.error_metrics`.
+The error of a tensor is that of :mod:`lightning_autotp.proof.error_metrics`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_autotp.verification.error_metrics import comparable, model_norm, tensor_error
+from lightning_autotp.proof.error_metrics import comparable, model_norm, tensor_error
 
 
 def relative_errors(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
+from lightning_autotp.proof.error_metrics import MODEL_SCALE
 from lightning_autotp.sharding.state import sharded
-from lightning_autotp.verification.error_metrics import MODEL_SCALE
 from tests.helpers.closeness import assert_close, relative_errors
 from tests.helpers.models import LanguageModel, TokenDataset, next_token_loss, quiet_trainer, token_batches
 from tests.helpers.rank_pool import default_device, rank_device

@@ -21,10 +21,10 @@ from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.small import group_experts
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.presets import find_preset
+from lightning_autotp.proof.error_metrics import MODEL_SCALE
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
-from lightning_autotp.verification.error_metrics import MODEL_SCALE
 from tests.helpers.closeness import assert_close, relative_errors
 from tests.helpers.preset_runs import CASES, STEPS, Steps, build, parts, train
 from tests.helpers.rank_pool import rank_device

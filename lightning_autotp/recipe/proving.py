@@ -1,0 +1,97 @@
+"""Verdicts of all ranks, taken together and acted on alike: an error, a warning, or gradients that are put right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Optional
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.prover import Look, Prover, structure
+from lightning_autotp.proof.values import with_grad_allreduce
+from lightning_autotp.proof.verdict import Verdict, worst
+
+
+class PlanRefutedError(ValueError):
+    """The sharded model would not compute what the unsharded one does."""
+
+
+def prover_of(model: nn.Module, plan: ShardingPlan, config: TPTrainingConfig, mesh: Mesh) -> Optional[Prover]:
+    """A prover of the steps of ``model``, which is still unsharded; None if there is nothing to prove."""
+    if config.proof == "off" or mesh.tp_size == 1:
+        return None
+    # one rank of those that share a model proves for all of them
+    return Prover(model if mesh.tp_rank == 0 else None, plan, config)
+
+
+def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> tuple[str, ...]:
+    """Prove a step, exchange the verdicts, and act on them as the config says; every rank must call it.
+
+    The first training step is proved by all ranks of the job, so that none waits for one that has raised; any other by
+    those that share a model.
+
+    Returns:
+        replicated parameters whose gradients are partial sums, and are to be summed.
+
+    Raises:
+        PlanRefutedError: on all ranks, if the step is refuted, or not proved where ``proof="require"``.
+    """
+    together = look.stage == "training" and prover.trained == 1
+    verdict = prover.prove(model, look) if mesh.tp_rank == 0 else Verdict("proved")
+    told = mesh.collectives.gather_objects((verdict, structure(look.args[0])), "world" if together else "tp")
+    _require_one_structure([found for _, found in told], look)
+    verdict = worst(found for found, _ in told)
+    act_on(verdict, look, prover.switches)
+    return verdict.completed
+
+
+def prove_sample(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> ShardingPlan:
+    """Prove a step of a sample before anything is sharded; the plan, completed by what was found.
+
+    Raises:
+        PlanRefutedError: see :func:`prove_together`.
+    """
+    prover.is_new(model, look)
+    prover.plan = with_grad_allreduce(prover.plan, prove_together(prover, model, look, mesh))
+    return prover.plan
+
+
+def act_on(verdict: Verdict, look: Look, switches: TPTrainingConfig) -> None:
+    """Raise, warn or say nothing, as ``switches.proof`` says.
+
+    Raises:
+        PlanRefutedError: see :func:`prove_together`.
+    """
+    step = f"the {look.stage} step"
+    if verdict.kind == "refuted":
+        text = f"{step} of the sharded model does not compute what that of the unsharded model does.\n{verdict.listed}"
+        if switches.proof != "warn":
+            raise PlanRefutedError(
+                f"{text}\nMend the rules or the code that is named; `proof='warn'` would train all the same."
+            )
+        rank_zero_warn(text)
+    elif verdict.kind == "unknown":
+        text = f"it is not proved that {step} computes what that of the unsharded model does.\n{verdict.listed}"
+        if switches.proof == "require":
+            raise PlanRefutedError(f"{text}\nproof='require' asks for it; 'on' would go on with a warning.")
+        rank_zero_warn(text)
+    if verdict.completed:
+        names = sorted({re.sub(r"\d+", "*", name) for name in verdict.completed})
+        rank_zero_info(
+            f"lightning_autotp: on each rank the gradients of {', '.join(names)} are partial sums; they are summed over"
+            " the tensor parallel ranks, as with `grad_allreduce: true` in a rule for them."
+        )
+
+
+def _require_one_structure(found: Sequence[object], look: Look) -> None:
+    if len(set(map(repr, found))) > 1:
+        kinds = "\n".join(f"- {one}" for one in dict.fromkeys(map(repr, found)))
+        raise PlanRefutedError(
+            f"the ranks' first batches of the {look.stage} step differ in their keys, dtypes or dims:\n{kinds}\nBatches"
+            " must be alike on all ranks; see to what the collate function returns."
+        )
