@@ -21,7 +21,7 @@ from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed import _symmetric_memory as symmetric_memory  # registers torch.ops.symm_mem
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "symmetric_memory",
     "tp_plan_of",
     "tree_iter",
+    "tree_leaves",
     "tree_map",
     "unsafe_view",
 ]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_autotp.compat import tree_leaves
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.source import calling_line
 
@@ -61,6 +62,8 @@ class Events(TorchFunctionMode):
         self.values: dict[Key, Tensor] = {}
         self.gradients: dict[Key, Tensor] = {}
         """In the order of the backward pass."""
+        self.operands: dict[Key, list[Key]] = {}
+        """The events that made what an event reads."""
         self._opaque = {id(model.get_submodule(path)) for path in opaque}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack, self._inside, self._paused = [""], 0, False
@@ -72,11 +75,13 @@ class Events(TorchFunctionMode):
         if self._paused or self._inside or name in _SKIPPED or "empty" in name:
             return out
         tensors = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+        made_by = [leaf._event for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "_event")]
         line = calling_line() if any(isinstance(t, Tensor) for t in tensors) else None
         if line is not None:
             for place, tensor in enumerate(tensors):
                 if isinstance(tensor, Tensor):
-                    self._note(self._stack[-1], line, f"{name}{place or ''}", tensor)
+                    key = self._note(self._stack[-1], line, f"{name}{place or ''}", tensor)
+                    self.operands[key] = made_by
         return out
 
     @contextmanager
@@ -103,7 +108,7 @@ class Events(TorchFunctionMode):
         if not self._inside and id(module) in self._opaque and isinstance(output, Tensor):
             self._note(path, "", "output", output)
 
-    def _note(self, module: str, line: str, function: str, tensor: Tensor) -> None:
+    def _note(self, module: str, line: str, function: str, tensor: Tensor) -> Key:
         place = (module, line, function)
         key = Key(*place, self._count[place])
         self._count[place] += 1
@@ -112,8 +117,10 @@ class Events(TorchFunctionMode):
             self.values[key] = tensor.detach().clone()
             if tensor.requires_grad and tensor.is_floating_point() and not tensor.is_leaf:
                 tensor.register_hook(lambda gradient: self._take(key, gradient))
+            tensor._event = key  # type: ignore[attr-defined]
         finally:
             self._paused = before
+        return key
 
     def _take(self, key: Key, gradient: Optional[Tensor]) -> None:
         self._paused, before = True, self._paused

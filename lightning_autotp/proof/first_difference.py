@@ -22,7 +22,9 @@ def first_difference(full: Events, ranks: Sequence[Events]) -> str:
         relations[key] = relate(value, local)
         if relations[key] is None:
             shapes = f"{list(value.shape)}; the ranks hold {_shapes(local)}"
-            return f"the first value that differs is that of {key}, {shapes}, no part and no partial sum of it."
+            read = list(dict.fromkeys(str(one) for one in full.operands.get(key, ())))
+            of = f" It reads what {', '.join(read)} made." if read else ""
+            return f"the first value that differs is that of {key}, {shapes}, no part and no partial sum of it.{of}"
     largest = max((float(g.abs().max()) for g in full.gradients.values() if g.numel()), default=0.0)
     for key, gradient in full.gradients.items():
         local = [rank.gradients[key] for rank in ranks if key in rank.gradients]

@@ -16,7 +16,7 @@ from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.copying import copied, empty_copy, fill
 from lightning_autotp.proof.live import Attributes, attributes, carry_over, flags
 from lightning_autotp.proof.step import LightningStep, Step, first_rows, loss_step
-from lightning_autotp.proof.values import prove_values, with_grad_allreduce
+from lightning_autotp.proof.values import Proof, prove_values
 from lightning_autotp.proof.verdict import Verdict, worst
 from lightning_autotp.proof.watched import Decisions
 
@@ -85,53 +85,49 @@ class Prover:
         self.trained += look.stage == "training"
         return True
 
-    def prove(self, model: nn.Module, look: Look) -> Verdict:
+    def prove(self, model: nn.Module, look: Look) -> Proof:
         """Prove the step of the live, sharded ``model``; an error of the proof itself is an unknown verdict."""
         if self._copy is None:
-            return _unknown(self._reason)
+            return Proof(_unknown(self._reason))
         try:
             return self._prove(self._copy, model, look)
         except Exception as error:
-            return _unknown(f"the proof failed ({type(error).__name__}: {error})")
+            return Proof(_unknown(f"the proof failed ({type(error).__name__}: {error})"))
 
-    def _prove(self, kept: nn.Module, model: nn.Module, look: Look) -> Verdict:
+    def _prove(self, kept: nn.Module, model: nn.Module, look: Look) -> Proof:
         made = copied(kept, lambda t: t.clone(), lambda t: t.clone())
         carry_over(model, self._before, made)
-        verdicts: list[Verdict] = []
-        batch = look.args[0]
+        batch, proof = look.args[0], Proof(Verdict("proved"))
         for rows in _rows(batch, self.plan.tp_size):
             shortened = batch if rows is None else first_rows(batch, rows)
             if _work(made, shortened) > MOST_WORK:
-                verdicts.append(_unknown("the step is too large to be proved by values"))
+                proof = Proof(_unknown("the step is too large to be proved by values"))
                 continue
-            verdict = self._of_batch(made, model, replace(look, args=(shortened, *look.args[1:])))
-            if verdict.kind != "unknown" and not _is_failure_of_rows(verdict, rows):
-                return verdict
-            verdicts.append(verdict)
-        return verdicts[-1]
+            proof = self._of_batch(made, model, replace(look, args=(shortened, *look.args[1:])))
+            if proof.verdict.kind != "unknown" and not _is_failure_of_rows(proof.verdict, rows):
+                return proof
+        return proof
 
-    def _of_batch(self, made: nn.Module, model: nn.Module, look: Look) -> Verdict:
-        """The verdict of a step, and of what it would do if decisions by its number were taken the other way."""
+    def _of_batch(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
+        """The proof of a step, and of what it would do if decisions by its number were taken the other way."""
         if look.call is not None:
-            return self._values(made, loss_step(look.call, look.args[0]))
+            return self._values(made, loss_step(look.call, look.args[0]), self.plan)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decisions = Decisions()
         step = LightningStep(look.stage, look.args, look.trainer, names, decisions)
-        verdict = self._values(made, step)
-        found = [verdict]
-        plan = with_grad_allreduce(self.plan, verdict.completed)
-        first = sorted({decisions.made.index(line) for line in decisions.made})
-        for place in first[:_MOST_BRANCHES] if verdict.kind != "refuted" else ():
-            line = decisions.made[place]
-            other = self._values(made, replace(step, decisions=Decisions(frozenset({place}))), plan)
+        proof = self._values(made, step, self.plan)
+        found, plan, made_first = [proof.verdict], proof.repairs.plan(self.plan), list(decisions.made)
+        first = sorted({made_first.index(line) for line in made_first})
+        for place in first[:_MOST_BRANCHES] if proof.verdict.kind != "refuted" else ():
+            line = made_first[place]
+            other = self._values(made, replace(step, decisions=Decisions(frozenset({place}))), plan).verdict
             if other.kind == "unknown":
                 other = _unknown(f"{line}, and what it does otherwise could not be followed")
             found.append(_said_of(other, line))
-        return worst(found)
+        return replace(proof, verdict=worst(found))
 
-    def _values(self, made: nn.Module, step: Step, plan: Optional[ShardingPlan] = None) -> Verdict:
-        trial = copied(made, lambda t: t.clone(), lambda t: t.clone())
-        return prove_values(trial, plan or self.plan, self.switches, step)
+    def _values(self, made: nn.Module, step: Step, plan: ShardingPlan) -> Proof:
+        return prove_values(copied(made, lambda t: t.clone(), lambda t: t.clone()), plan, self.switches, step)
 
 
 def structure(batch: Any) -> Any:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -79,10 +80,9 @@ def loss_step(call: Callable[[nn.Module, Any], Tensor], batch: Any) -> Step:
 
 def loss_of_batch(model: nn.Module, batch: Any) -> Tensor:
     """The loss of a model that is called with a batch: what it returns, or its ``loss``."""
-    output = (
-        model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, (list, tuple)) else None
-    )
-    return loss_of(model(batch) if output is None else output)
+    if isinstance(batch, Mapping):
+        return loss_of(model(**batch))
+    return loss_of(model(*batch) if isinstance(batch, (list, tuple)) else model(batch))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class LightningStep:
         with _trained_by(self, module, seen, decisions) as trainer:
             batch, *rest = self.args
             counted = [watch(value, name, decisions) for value, name in zip(rest, ("batch_idx", "dataloader_idx"))]
-            output = getattr(module, f"{self.stage}_step")(seen.cast(batch), *counted)
+            with torch.set_grad_enabled(self.stage == "training"):
+                output = getattr(module, f"{self.stage}_step")(seen.cast(batch), *counted)
             if self.stage != "training":
                 _take(output, "the returned value", seen.outputs)
             elif module.automatic_optimization:

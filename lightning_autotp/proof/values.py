@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -26,6 +25,7 @@ from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.copying import alias_copy
 from lightning_autotp.proof.error_metrics import (
+    BOUNDS,
     Errors,
     Precision,
     comparable,
@@ -38,18 +38,17 @@ from lightning_autotp.proof.error_metrics import (
 from lightning_autotp.proof.events import Events, opaque_modules
 from lightning_autotp.proof.first_difference import first_difference
 from lightning_autotp.proof.randomness import without_randomness
+from lightning_autotp.proof.repair import Repairs, find_repairs
 from lightning_autotp.proof.source import failing_line
 from lightning_autotp.proof.step import Gradients, Seen, Step
-from lightning_autotp.proof.verdict import Verdict
+from lightning_autotp.proof.verdict import Kind, Verdict
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.training.gradients import TPGradients
 
-RIGHT: dict[Precision, float] = {"fp64": 1e-4, "fp32": 1e-3}
-"""The largest error of what is right; see :data:`~lightning_autotp.proof.error_metrics.BOUNDS`."""
-
 WRONG: dict[Precision, float] = {"fp64": 1e-3, "fp32": 3e-2}
-"""The smallest error of what is surely wrong; between the two rounding may be the reason."""
-
+"""The smallest error of a gradient that is surely wrong; between it and the largest of what is right, rounding may be
+the reason. A loss or an output is held to as much less as the bounds of right ones are.
+"""
 
 PARTIAL_SUM = "On each rank it is a partial sum"
 
@@ -84,8 +83,18 @@ class Compared:
     events: tuple[Events, ...] = ()
 
 
-def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, step: Step) -> Verdict:
+@dataclass(frozen=True)
+class Proof:
+    """A verdict, and the repairs of the plan with which it holds."""
+
+    verdict: Verdict
+    repairs: Repairs = Repairs()
+
+
+def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, step: Step) -> Proof:
     """Run ``step`` on ``model`` and on each of its ranks, and compare losses, gradients and outputs.
+
+    Where a plan is refuted, repairs of it are looked for (see :class:`Repairs`).
 
     Args:
         model: an unsharded copy with values, on the CPU; it is changed.
@@ -94,38 +103,38 @@ def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfi
         step: the step; it is run on copies.
     """
     disturb(model)
-    try:
+
+    def prove(plan: ShardingPlan) -> tuple[Verdict, tuple[str, ...]]:
         compared = run(model, plan, switches, step)
-        verdict = judge(compared, plan)
-        partial = tuple(one.where for one in verdict.findings if one.fix.startswith(PARTIAL_SUM))
+        verdict = replace(judge(compared, plan), random=compared.random)
+        return verdict, tuple(one.where for one in verdict.findings if one.fix.startswith(PARTIAL_SUM))
+
+    try:
+        verdict, partial = prove(plan)
         if partial:
-            completed = with_grad_allreduce(plan, partial)
-            again = judge(run(model, completed, switches, step), completed)
+            repairs = Repairs(partial)
+            again, _ = prove(repairs.plan(plan))
             if again.kind == "proved":
-                return replace(again, random=compared.random, completed=partial)
+                return Proof(again, repairs)
+        if verdict.kind == "refuted":
+            found = find_repairs(model, plan, prove)
+            if found is not None:
+                return Proof(found[1], found[0])
+        if verdict.kind != "proved" or not verdict.compared:
+            precision: Precision = run(model, plan, switches, step).precision
+            verdict = _explained(verdict, model, plan, switches, step, precision)
     except NotRunError as error:
-        return Verdict("unknown", (Diagnostic("warning", "the step", str(error)),))
-    if verdict.kind != "proved":
-        verdict = _explained(verdict, model, plan, switches, step, compared.precision)
-    return replace(verdict, random=compared.random)
-
-
-def with_grad_allreduce(plan: ShardingPlan, names: Iterable[str]) -> ShardingPlan:
-    """Plan to sum the gradients of the replicated parameters ``names``, and of those in other blocks that are alike."""
-    alike = {re.sub(r"\d+", "#", name) for name in names}
-    entries = {
-        name: replace(entry, grad_allreduce=True)
-        if entry.layout.is_replicated and re.sub(r"\d+", "#", name) in alike
-        else entry
-        for name, entry in plan.parameters.items()
-    }
-    return replace(plan, parameters=entries)
+        verdict = Verdict("unknown", (Diagnostic("warning", "the step", str(error)),))
+    return Proof(verdict)
 
 
 def _explained(
     verdict: Verdict, model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, step: Step, precision: Precision
 ) -> Verdict:
-    """The verdict with the first event that differs as its first finding, found by running all of it once more."""
+    """The verdict with the first event that differs as its first finding, found by running all of it once more.
+
+    A step that neither returns nor logs anything is judged by its events.
+    """
     seen = _run(model, plan, switches, step, precision, watched=True).events
     if len(seen) <= plan.tp_size:  # a rank failed before its first event
         return verdict
@@ -134,7 +143,8 @@ def _explained(
     named = verdict.findings[:_SHOWN]
     more = len(verdict.findings) - len(named)
     rest = (Diagnostic("error", "", f"and {more} more gradients differ."),) if more else ()
-    return replace(verdict, findings=cause + named + rest)
+    kind: Kind = "refuted" if cause and not verdict.compared else verdict.kind
+    return replace(verdict, kind=kind, findings=cause + named + rest)
 
 
 @torch.no_grad()
@@ -226,26 +236,27 @@ def judge(compared: Compared, plan: ShardingPlan) -> Verdict:
     if compared.error is not None:
         return Verdict("refuted", (_failure(compared.error),))
     findings: list[tuple[float, Diagnostic]] = []
-    full = compared.full
+    full, strict = compared.full, BOUNDS[compared.precision].tensors / BOUNDS[compared.precision].loss
     for at, loss in enumerate(full.losses):
         others = [rank.losses[at] if at < len(rank.losses) else None for rank in compared.ranks]
         error = max(_relative(other, loss) for other in others)
-        findings.append((error, Diagnostic("error", "the loss", f"it differs from the unsharded one by {error:.0e}.")))
+        message = f"it differs from the unsharded one by {error:.0e}."
+        findings.append((error * strict, Diagnostic("error", "the loss", message)))
     for name, value in full.outputs.items():
         error = max(_relative(rank.outputs.get(name), value) for rank in compared.ranks)
         message = f"it differs from the unsharded model's by {error:.0e}."
-        findings.append((error, Diagnostic("error", name, message)))
+        findings.append((error * strict, Diagnostic("error", name, message)))
     for at, gradients in enumerate(full.gradients):
         of_ranks = [rank.gradients[at] if at < len(rank.gradients) else {} for rank in compared.ranks]
         before = [rank.incomplete[min(at, len(rank.incomplete) - 1)] for rank in compared.ranks if rank.incomplete]
         findings += _of_gradients(gradients, of_ranks, before, plan)
-    right, wrong = RIGHT[compared.precision], WRONG[compared.precision]
+    right, wrong = BOUNDS[compared.precision].tensors, WRONG[compared.precision]
     bad = sorted(((error, one) for error, one in findings if not error <= right), key=lambda pair: -pair[0])
     diagnostics = tuple(dict.fromkeys(one for _, one in bad))
     unproved = _unproved(compared)
     if any(not error <= wrong for error, _ in bad):
         return Verdict("refuted", diagnostics, unproved=unproved)
-    return Verdict("unknown" if bad else "proved", diagnostics, unproved=unproved)
+    return Verdict("unknown" if bad else "proved", diagnostics, unproved=unproved, compared=bool(findings))
 
 
 def _of_gradients(

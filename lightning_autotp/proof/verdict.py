@@ -23,8 +23,7 @@ class Verdict:
         assumed: the lines of code that read values of replicated tensors, which were assumed.
         unproved: parameters that the step did not use, of which nothing is known.
         random: the lines of code that draw random numbers, up to which it is proved.
-        completed: replicated parameters whose gradients are partial sums, with ``grad_allreduce`` for which it is
-            proved.
+        compared: whether the step gave anything to compare.
     """
 
     kind: Kind
@@ -32,7 +31,7 @@ class Verdict:
     assumed: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
-    completed: tuple[str, ...] = ()
+    compared: bool = True
 
     def __str__(self) -> str:
         """The verdict and its findings, one a line."""
@@ -54,4 +53,4 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
         return tuple(dict.fromkeys(line for verdict in found for line in getattr(verdict, name)))
 
     findings = tuple(dict.fromkeys(one for verdict in found if verdict.kind != "proved" for one in verdict.findings))
-    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"), union("completed"))
+    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"))

@@ -16,7 +16,6 @@ from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look, Prover
-from lightning_autotp.proof.values import with_grad_allreduce
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.recipe.proving import prove_together
 from lightning_autotp.sharding.state import Sharded, sharded, with_plan
@@ -135,10 +134,12 @@ class Engine:
         """
         if self.prover is None or not self.prover.is_new(self.model, look):
             return
-        partial = prove_together(self.prover, self.model, look, self.mesh)
-        if partial:
-            self.prover.plan = with_grad_allreduce(self.sharded.plan, partial)
+        repairs = prove_together(self.prover, self.model, look, self.mesh)
+        if repairs:
+            self.prover.plan = repairs.plan(self.sharded.plan)
             self.sharded = with_plan(self.model, self.prover.plan)
+            repairs.carry_out(self.model, self.mesh.tp_rank)
+            self.prover.sharded(self.model)
             if self._gradients is not None:
                 self._gradients.remove()
                 self._gradients = TPGradients(self.model, self.sharded, compiled=is_compiled(self.model))

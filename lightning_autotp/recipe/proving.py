@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Optional
 
@@ -13,7 +12,8 @@ from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look, Prover, structure
-from lightning_autotp.proof.values import with_grad_allreduce
+from lightning_autotp.proof.repair import Repairs
+from lightning_autotp.proof.values import Proof
 from lightning_autotp.proof.verdict import Verdict, worst
 
 
@@ -29,25 +29,27 @@ def prover_of(model: nn.Module, plan: ShardingPlan, config: TPTrainingConfig, me
     return Prover(model if mesh.tp_rank == 0 else None, plan, config)
 
 
-def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> tuple[str, ...]:
+def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> Repairs:
     """Prove a step, exchange the verdicts, and act on them as the config says; every rank must call it.
 
     The first training step is proved by all ranks of the job, so that none waits for one that has raised; any other by
     those that share a model.
 
     Returns:
-        replicated parameters whose gradients are partial sums, and are to be summed.
+        what the plan lacks, and is to be repaired.
 
     Raises:
         PlanRefutedError: on all ranks, if the step is refuted, or not proved where ``proof="require"``.
     """
     together = look.stage == "training" and prover.trained == 1
-    verdict = prover.prove(model, look) if mesh.tp_rank == 0 else Verdict("proved")
-    told = mesh.collectives.gather_objects((verdict, structure(look.args[0])), "world" if together else "tp")
+    proof = prover.prove(model, look) if mesh.tp_rank == 0 else Proof(Verdict("proved"))
+    told = mesh.collectives.gather_objects((proof, structure(look.args[0])), "world" if together else "tp")
     _require_one_structure([found for _, found in told], look)
-    verdict = worst(found for found, _ in told)
-    act_on(verdict, look, prover.switches)
-    return verdict.completed
+    repairs = next((found.repairs for found, _ in told if found.repairs), Repairs())
+    act_on(worst(found.verdict for found, _ in told), look, prover.switches)
+    if repairs:
+        rank_zero_info(f"lightning_autotp: as the {look.stage} step shows, {'; '.join(repairs.sentences())}.")
+    return repairs
 
 
 def prove_sample(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> ShardingPlan:
@@ -57,7 +59,7 @@ def prove_sample(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> Sh
         PlanRefutedError: see :func:`prove_together`.
     """
     prover.is_new(model, look)
-    prover.plan = with_grad_allreduce(prover.plan, prove_together(prover, model, look, mesh))
+    prover.plan = prove_together(prover, model, look, mesh).plan(prover.plan)
     return prover.plan
 
 
@@ -80,12 +82,6 @@ def act_on(verdict: Verdict, look: Look, switches: TPTrainingConfig) -> None:
         if switches.proof == "require":
             raise PlanRefutedError(f"{text}\nproof='require' asks for it; 'on' would go on with a warning.")
         rank_zero_warn(text)
-    if verdict.completed:
-        names = sorted({re.sub(r"\d+", "*", name) for name in verdict.completed})
-        rank_zero_info(
-            f"lightning_autotp: on each rank the gradients of {', '.join(names)} are partial sums; they are summed over"
-            " the tensor parallel ranks, as with `grad_allreduce: true` in a rule for them."
-        )
 
 
 def _require_one_structure(found: Sequence[object], look: Look) -> None:
