@@ -149,7 +149,7 @@ class TPTrainingConfig(_Section):
     check_agreement: Switch = True
     """Compare the data, the loss and replicated gradients across tensor parallel ranks, once a run."""
 
-    proof: ProofSwitch = "warn"
+    proof: ProofSwitch = "on"
     """Before the first step of each kind, compare it on a small copy of the model with the unsharded step: its loss and
     every gradient. ``"on"``: a difference is an error that names the line of code, and what could not be looked at a
     warning. ``"warn"``: both are warnings. ``"require"``: both are errors. ``"off"``: no look is taken."""

@@ -16,7 +16,7 @@ from lightning_autotp.plans.plan import LocalAttribute, ShardingPlan
 from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.sharding.local_config import set_local
 
-SECONDS = 8.0
+SECONDS = 3.0
 """How long to look for a plan that is right; most models that have one need a second."""
 
 

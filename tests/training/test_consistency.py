@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from lightning_autotp import AutoTPStrategy
 from lightning_autotp.training.consistency import DisagreementError
 from tests.helpers.closeness import assert_close
-from tests.helpers.small_nets import RULES, Net, Regressor, Rows, parts_of, strategy, trainer, unsharded, weights
+from tests.helpers.small_nets import RULES, Net, Regressor, Rows, parts_of, trainer, unsharded, weights
+from tests.helpers.small_nets import strategy as proving_strategy
+
+
+def strategy(size: int = 2, **options: Any) -> AutoTPStrategy:
+    """The strategy without the proof, under which these comparisons are the net."""
+    return proving_strategy(size, **({"proof": "off"} | options))
 
 
 class Heads(Net):
