@@ -23,7 +23,7 @@ from lightning_autotp.proof.source import calling_line
 _SKIPPED = {
     *("__get__", "__set__", "requires_grad_", "register_hook", "size", "dim", "stride", "is_floating_point"),
     *("is_complex", "data_ptr", "numel", "backward", "_assert_async", "item", "tolist", "__bool__", "detach"),
-    *("copy_", "__setitem__"),
+    "copy_",
 }
 
 
@@ -64,24 +64,36 @@ class Events(TorchFunctionMode):
         """In the order of the backward pass."""
         self.operands: dict[Key, list[Key]] = {}
         """The events that made what an event reads."""
+        self.numbers: dict[Key, list[float]] = {}
+        """The fractions that an event computes with."""
+        self.failed: list[Key] = []
+        """The events that made what the operator read that failed."""
+        self._entered: list[list[Key]] = []
         self._opaque = {id(model.get_submodule(path)) for path in opaque}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack, self._inside, self._paused = [""], 0, False
         self._count: Counter[tuple[str, str, str]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         if self._paused or self._inside or name in _SKIPPED or "empty" in name:
-            return out
-        tensors = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
-        made_by = [leaf._event for leaf in tree_leaves((args, kwargs)) if hasattr(leaf, "_event")]
+            return func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs))
+        made_by = [leaf._event for leaf in leaves if hasattr(leaf, "_event")]
+        try:
+            out = func(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = made_by
+            raise
+        written = args[0] if name == "__setitem__" else out
+        tensors = [written] if isinstance(written, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
         line = calling_line() if any(isinstance(t, Tensor) for t in tensors) else None
         if line is not None:
             for place, tensor in enumerate(tensors):
                 if isinstance(tensor, Tensor):
                     key = self._note(self._stack[-1], line, f"{name}{place or ''}", tensor)
                     self.operands[key] = made_by
+                    self.numbers[key] = [leaf for leaf in leaves if isinstance(leaf, float)]
         return out
 
     @contextmanager
@@ -100,13 +112,14 @@ class Events(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._stack.append(self._names.get(id(module), "?"))
+        self._entered.append([leaf._event for leaf in tree_leaves(args) if hasattr(leaf, "_event")])
         self._inside += id(module) in self._opaque
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        path = self._stack.pop()
+        path, made_by = self._stack.pop(), self._entered.pop()
         self._inside -= id(module) in self._opaque
         if not self._inside and id(module) in self._opaque and isinstance(output, Tensor):
-            self._note(path, "", "output", output)
+            self.operands[self._note(path, "", "output", output)] = made_by
 
     def _note(self, module: str, line: str, function: str, tensor: Tensor) -> Key:
         place = (module, line, function)

@@ -2,39 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from lightning_autotp.proof.events import Events, Key
 from lightning_autotp.proof.relation import Relation, relate
 
+_SHOWN = 6
+"""How many events before the first that differs are named."""
+
 
 def first_difference(full: Events, ranks: Sequence[Events]) -> str:
-    """Name, in a sentence, the first value that differs, or else the first gradient that does; empty if none is found.
+    """Name, in sentences, the first value that differs, or else what makes gradients differ; empty if nothing is found.
 
     A value is right if it is replicated, sharded in some way, a partial sum, or tokens of its own.
     """
-    relations: dict[Key, Optional[Relation]] = {}
+    relations: dict[Key, Relation] = {}
     for key, value in full.values.items():
         local = [rank.values[key] for rank in ranks if key in rank.values]
         if len(local) < len(ranks):
             continue
-        relations[key] = relate(value, local)
-        if relations[key] is None:
-            shapes = f"{list(value.shape)}; the ranks hold {_shapes(local)}"
-            read = list(dict.fromkeys(str(one) for one in full.operands.get(key, ())))
-            of = f" It reads what {', '.join(read)} made." if read else ""
-            return f"the first value that differs is that of {key}, {shapes}, no part and no partial sum of it.{of}"
+        found = relate(value, local)
+        if found is None:
+            where = f"the first value that differs is that of {key}, {list(value.shape)}"
+            what = f"the ranks hold {_shapes(local)}, no part and no partial sum of it."
+            return f"{where}; {what}{_numbers(key, full, ranks)}{_comes_of(full.operands.get(key, ()), full)}"
+        relations[key] = found
+    return _gradient(full, ranks, relations)
+
+
+def before_the_failure(ranks: Sequence[Events]) -> str:
+    """Say what made that which the operator read that failed on a rank; empty if none did."""
+    failed = next((rank for rank in ranks if rank.failed), None)
+    return "" if failed is None else _comes_of(failed.failed, failed).strip()
+
+
+def _gradient(full: Events, ranks: Sequence[Events], relations: dict[Key, Relation]) -> str:
+    """The first gradient that differs, and where one became a partial sum of which the value is replicated."""
     largest = max((float(g.abs().max()) for g in full.gradients.values() if g.numel()), default=0.0)
+    partial: list[Key] = []
     for key, gradient in full.gradients.items():
         local = [rank.gradients[key] for rank in ranks if key in rank.gradients]
-        if len(local) < len(ranks) or relations.get(key) is None:
+        if len(local) < len(ranks) or key not in relations:
             continue
-        if relate(gradient, local, relations[key], 1e-6 * largest) is None:
-            return f"the first gradient that differs, in the order of the backward pass, is that of {key}."
+        found = relate(gradient, local, relations[key], 1e-6 * largest)
+        if found is None:
+            where = f"the first gradient that differs, in the order of the backward pass, is that of {key}."
+            return where + _read_by(key, full) + _partly(partial)
+        if found.kind == "partial" and relations[key].kind == "replicated":
+            partial.append(key)
+    return _partly(partial).strip()
+
+
+def _partly(keys: Sequence[Key]) -> str:
+    shown = ", ".join(map(str, keys[:_SHOWN]))
+    return f" Replicated, but with gradients that are partial sums on each rank: {shown}." if keys else ""
+
+
+def _comes_of(keys: Iterable[Key], events: Events) -> str:
+    """What led to ``keys``, the nearest first."""
+    found: dict[Key, None] = {}
+    waiting = list(keys)
+    while waiting and len(found) < _SHOWN:
+        key = waiting.pop(0)
+        if key not in found:
+            found[key] = None
+            waiting += events.operands.get(key, ())
+    return f" It comes of {', '.join(map(str, found))}." if found else ""
+
+
+def _read_by(key: Key, events: Events) -> str:
+    readers = [str(other) for other, operands in events.operands.items() if key in operands]
+    return f" It is read by {', '.join(readers[:_SHOWN])}." if readers else ""
+
+
+def _numbers(key: Key, full: Events, ranks: Sequence[Events]) -> str:
+    """Where ranks compute with other numbers."""
+    mine = full.numbers.get(key)
+    for place, rank in enumerate(ranks):
+        theirs = rank.numbers.get(key)
+        if mine and theirs and mine != theirs:
+            return f" Rank {place} computes with {theirs}, the full model with {mine}."
     return ""
 
 
-def _shapes(tensors: Sequence[object]) -> str:
-    shapes = list(dict.fromkeys(str(list(t.shape)) for t in tensors))  # type: ignore[attr-defined]
-    return " and ".join(shapes)
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return " and ".join(dict.fromkeys(str(list(tensor.shape)) for tensor in tensors))

@@ -31,7 +31,9 @@ def shown(filename: str, line: int) -> str:
 
 
 def calling_line(skip: int = 1) -> Optional[str]:
-    """The innermost line of a user's code that is being run; None where this package's own code calls torch itself.
+    """The innermost line of a user's code that is being run, and what called it if that is a helper.
+
+    None where this package's own code calls torch itself.
 
     Args:
         skip: how many frames of the caller to leave out.
@@ -40,7 +42,11 @@ def calling_line(skip: int = 1) -> Optional[str]:
     while frame is not None:
         name = frame.f_code.co_filename
         if is_theirs(name):
-            return shown(name, frame.f_lineno)
+            line, caller = shown(name, frame.f_lineno), frame.f_back
+            if caller is None or not is_theirs(caller.f_code.co_filename):
+                return line
+            call = shown(caller.f_code.co_filename, caller.f_lineno)
+            return line if call == line else f"{line} (called at {call})"
         if is_ours(name):
             return None
         frame = frame.f_back

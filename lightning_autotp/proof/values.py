@@ -36,7 +36,7 @@ from lightning_autotp.proof.error_metrics import (
     tensor_errors,
 )
 from lightning_autotp.proof.events import Events, opaque_modules
-from lightning_autotp.proof.first_difference import first_difference
+from lightning_autotp.proof.first_difference import before_the_failure, first_difference
 from lightning_autotp.proof.randomness import without_randomness
 from lightning_autotp.proof.repair import Repairs, find_repairs
 from lightning_autotp.proof.source import failing_line
@@ -136,10 +136,11 @@ def _explained(
     A step that neither returns nor logs anything is judged by its events.
     """
     seen = _run(model, plan, switches, step, precision, watched=True).events
-    if len(seen) <= plan.tp_size:  # a rank failed before its first event
-        return verdict
-    first = first_difference(seen[0], seen[1:])
-    cause = (Diagnostic("error", "the step", first),) if first else ()
+    ranks = seen[1:]
+    cause: tuple[Diagnostic, ...] = ()
+    if len(ranks) == plan.tp_size:  # no rank failed while it was sharded
+        first = first_difference(seen[0], ranks) or before_the_failure(ranks)
+        cause = (Diagnostic("error", "the step", first),) if first else ()
     named = verdict.findings[:_SHOWN]
     more = len(verdict.findings) - len(named)
     rest = (Diagnostic("error", "", f"and {more} more gradients differ."),) if more else ()
