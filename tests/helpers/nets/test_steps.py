@@ -1,0 +1,76 @@
+"""The training steps are what they say they are: each one trains unsharded, and on two ranks by numbers."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from tests.helpers.nets.step_frame import Step
+from tests.helpers.nets.steps import LATE, STEPS
+
+ALL = (*STEPS, *LATE)
+
+
+def lines_with(step: Step, model: nn.Module) -> list[str]:
+    """The source lines that ``step.line`` is a part of, in all files of the module's classes, descriptions left out."""
+    files = [sys.modules[name] for name in sorted({type(m).__module__ for m in model.modules()}) if "tests." in name]
+    lines = (line for file in files for line in inspect.getsource(file).splitlines())
+    return [line for line in lines if step.line in line and f'"{step.line}"' not in line]
+
+
+def fit(step: Step, folder: Path, steps: int = -1, **options: Any) -> LightningModule:
+    """The module after training as its user would."""
+    torch.manual_seed(11)
+    module = step.build()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=step.epochs,
+        max_steps=steps,
+        logger=CSVLogger(str(folder)),
+        callbacks=step.callbacks(),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **options,
+    )
+    trainer.fit(module, step.train_dataloaders())
+    assert trainer.global_step > 0
+    return module
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def test_there_are_as_many_as_were_asked_for() -> None:
+    assert len({step.name for step in ALL}) == len(ALL)
+    assert sum(step.right for step in STEPS) >= 28
+    assert len(STEPS) >= 32
+    assert len(LATE) >= 10 and all(step.first_wrong >= 2 for step in LATE)
+
+
+@pytest.mark.parametrize("step", ALL, ids=lambda step: step.name)
+def test_a_step_trains_unsharded(step: Step, tmp_path: Path) -> None:
+    module = fit(step, tmp_path, 2 if step.epochs == 1 else -1, devices=1)
+    before, after = weights(_configured(step)), weights(module)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert bool(step.line) is not step.right
+    if step.line:
+        assert len(lines_with(step, module)) == 1
+
+
+def _configured(step: Step) -> LightningModule:
+    module = step.build()
+    module.configure_model()
+    return module
