@@ -43,7 +43,7 @@ class ByGlobalStep(WithSwitch):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         if self.global_step >= 2:
-            loss = loss + 0.1 * self.mlp.up.weight.square().sum()
+            loss = loss + 0.1 * self.mlp.up.weight.norm()
         return loss
 
 
@@ -51,7 +51,7 @@ class ByBatchIndex(WithSwitch):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         if batch_idx % 2 == 1:
-            loss = loss + 0.1 * self.mlp.up.weight.abs().sum()
+            loss = loss + 10 * self.mlp.up.weight.square().mean()
         return loss
 
 
@@ -63,10 +63,10 @@ class ByEpoch(WithSwitch):
 
 
 class ByTrainer(WithSwitch):
-    """The share of training that is done says whether there is a norm."""
+    """The share of the epoch that is done says what is asked of a weight."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        done = self.trainer.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        done = self.trainer.global_step / self.trainer.num_training_batches
         weight = self.mlp.down.weight
         return self.loss(batch) + (0.0 if done < 0.5 else 0.1 * weight.std())
 
@@ -81,7 +81,7 @@ class ByCounter(WithSwitch):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.seen += 1
         loss = self.loss(batch)
-        return loss + 0.1 * self.mlp.up.weight.pow(4).sum() if self.seen > 1 else loss
+        return loss + 10 * self.mlp.up.weight.var() if self.seen > 1 else loss
 
 
 class ByKey(WithSwitch):
@@ -184,11 +184,11 @@ def with_views() -> list[Any]:
 NORM = "functional.layer_norm(h, h.shape[-1:])"
 
 LATE: tuple[Step, ...] = (
-    wrong("late: global_step", ByGlobalStep, "0.1 * self.mlp.up.weight.square().sum()", first_wrong=3),
-    wrong("late: batch_idx", ByBatchIndex, "0.1 * self.mlp.up.weight.abs().sum()", first_wrong=2),
+    wrong("late: global_step", ByGlobalStep, "0.1 * self.mlp.up.weight.norm()", first_wrong=3),
+    wrong("late: batch_idx", ByBatchIndex, "10 * self.mlp.up.weight.square().mean()", first_wrong=2),
     wrong("late: current_epoch", ByEpoch, "hidden.relu().mean(-1)", first_wrong=5, epochs=2),
-    wrong("late: share of steps done", ByTrainer, "0.1 * weight.std()", first_wrong=3),
-    wrong("late: a count of its own", ByCounter, "0.1 * self.mlp.up.weight.pow(4).sum()", first_wrong=2),
+    wrong("late: share of the epoch", ByTrainer, "0.1 * weight.std()", first_wrong=3),
+    wrong("late: a count of its own", ByCounter, "10 * self.mlp.up.weight.var()", first_wrong=2),
     wrong("late: another key", ByKey, "self.mlp.down.weight.norm()", first_wrong=2, batches=with_key),
     wrong(
         "late: another dtype", ByDtype, "self.mlp.up.weight.detach().norm()", first_wrong=2, batches=with_probabilities

@@ -13,10 +13,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
+from lightning_autotp import AutoTPStrategy
 from tests.helpers.nets.step_frame import Step
 from tests.helpers.nets.steps import LATE, STEPS
+from tests.helpers.small_nets import alone, everyones, parts_of
 
 ALL = (*STEPS, *LATE)
+HALF = ("autocast inside",)
+FAST = ("LoRA", "GAN", "manual, accumulating", "manual, clipped by a local norm", "late: another key")
+"""Run on ranks by every run of the tests; the others by those that may take long."""
 
 
 def lines_with(step: Step, model: nn.Module) -> list[str]:
@@ -26,7 +31,7 @@ def lines_with(step: Step, model: nn.Module) -> list[str]:
     return [line for line in lines if step.line in line and f'"{step.line}"' not in line]
 
 
-def fit(step: Step, folder: Path, steps: int = -1, **options: Any) -> LightningModule:
+def fit(step: Step, folder: Path | None, steps: int = -1, **options: Any) -> LightningModule:
     """The module after training as its user would."""
     torch.manual_seed(11)
     module = step.build()
@@ -34,7 +39,7 @@ def fit(step: Step, folder: Path, steps: int = -1, **options: Any) -> LightningM
         accelerator="cpu",
         max_epochs=step.epochs,
         max_steps=steps,
-        logger=CSVLogger(str(folder)),
+        logger=False if folder is None else CSVLogger(str(folder)),
         callbacks=step.callbacks(),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -45,6 +50,12 @@ def fit(step: Step, folder: Path, steps: int = -1, **options: Any) -> LightningM
     trainer.fit(module, step.train_dataloaders())
     assert trainer.global_step > 0
     return module
+
+
+def names(*, right: bool) -> list[Any]:
+    """Names of steps as the parameters of a test."""
+    chosen = [step.name for step in ALL if step.right is right]
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in chosen]
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -74,3 +85,42 @@ def _configured(step: Step) -> LightningModule:
     module = step.build()
     module.configure_model()
     return module
+
+
+def error_of(step: Step, steps: int) -> float:
+    """On ranks: how far this rank's weights are from the unsharded run's, the largest relative to their norm.
+
+    Raises:
+        Exception: what training raises under tensor parallelism.
+    """
+    # of sums in bfloat16, which fp64 modules do not know, rounding is all that differs
+    precision = "32-true" if step.name in HALF else "64-true"
+    options: dict[str, Any] = {"precision": precision, "use_distributed_sampler": False}
+    with alone():
+        want = weights(fit(step, None, steps, devices=1, **options))
+    strategy = AutoTPStrategy(autotp_size=2, **step.config)
+    module = fit(step, None, steps, devices=2, strategy=strategy, **options)
+    parts = parts_of(module, want)
+    errors = [float((got - parts[name]).norm() / (parts[name].norm() + 1e-6)) for name, got in weights(module).items()]
+    return max(everyones(max(errors)))
+
+
+@pytest.mark.ranks(2, timeout=120)
+@pytest.mark.parametrize("name", names(right=True))
+def test_a_right_step_gives_the_same_weights_on_two_ranks(name: str) -> None:
+    (step,) = (step for step in ALL if step.name == name)
+    assert error_of(step, -1) < (1e-2 if name in HALF else 1e-9)
+
+
+@pytest.mark.ranks(2, timeout=120)
+@pytest.mark.parametrize("name", names(right=False))
+def test_a_wrong_step_is_right_until_it_is_wrong(name: str) -> None:
+    (step,) = (step for step in ALL if step.name == name)
+    if step.first_wrong > 1:
+        assert error_of(step, step.first_wrong - 1) < 1e-9
+    try:
+        error = error_of(step, step.first_wrong)
+    except RuntimeError as loud:
+        assert "ranks" in str(loud)
+    else:
+        assert error > 1e-5
