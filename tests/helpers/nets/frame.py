@@ -137,7 +137,7 @@ class Projections(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of [B, heads, S, D], as [B, S, heads * D]."""
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     probabilities = scores.masked_fill(future, float("-inf")).softmax(-1)
     return (probabilities @ v).transpose(1, 2).flatten(2)
 

@@ -41,18 +41,20 @@ class Scored(Projections):
         return scores
 
 
-def distances(size: int) -> Tensor:
-    places = torch.arange(size)
-    return (places[:, None] - places).abs().neg().double()
+def distances(scores: Tensor) -> Tensor:
+    """Minus the distance of each two tokens, as the scores' dtype and on their device."""
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    return (places[:, None] - places).abs().neg().to(scores.dtype)
 
 
 def slopes(count: int) -> Tensor:
-    return torch.tensor([2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]).double()
+    return torch.tensor([2.0 ** (-8.0 * (head + 1) / count) for head in range(count)])
 
 
 class AlibiFunction(Scored):
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return scores + slopes(scores.shape[1])[:, None, None] * distances(scores.shape[-1])
+        each = slopes(scores.shape[1])[:, None, None].to(scores)
+        return scores + each * distances(scores)
 
 
 class AlibiBuffer(Scored):
@@ -63,17 +65,17 @@ class AlibiBuffer(Scored):
         self.register_buffer("slopes", slopes(HEADS), persistent=False)
 
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return scores + self.slopes[: scores.shape[1], None, None] * distances(scores.shape[-1])
+        return scores + self.slopes[: scores.shape[1], None, None] * distances(scores)
 
 
 class AlibiWholeBuffer(AlibiBuffer):
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return scores + self.slopes.view(-1, 1, 1) * distances(scores.shape[-1])
+        return scores + self.slopes.view(-1, 1, 1) * distances(scores)
 
 
 class DistanceAlike(Scored):
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return scores + 0.1 * distances(scores.shape[-1])
+        return scores + 0.1 * distances(scores)
 
 
 class Temperature(Scored):
@@ -111,19 +113,21 @@ class RelativeBias(Scored):
         self.bias = nn.Embedding(TOKENS, HEADS)
 
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        bias = self.bias(distances(scores.shape[-1]).neg().long()).permute(2, 0, 1)
+        bias = self.bias(distances(scores).neg().long()).permute(2, 0, 1)
         return scores + bias
 
 
 class RelativeBiasSlice(RelativeBias):
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        bias = self.bias(distances(scores.shape[-1]).neg().long()).permute(2, 0, 1)
+        bias = self.bias(distances(scores).neg().long()).permute(2, 0, 1)
         return scores + bias[: scores.shape[1]]
 
 
-def rotary(size: int, dim: int) -> tuple[Tensor, Tensor]:
-    angles = torch.arange(size)[:, None].double() / 100 ** (torch.arange(0, dim, 2) / dim)
-    both = torch.cat([angles, angles], dim=-1)
+def rotary(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, dim] for x [B, S, H]."""
+    places = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+    frequencies = 100 ** -(torch.arange(0, dim, 2, device=x.device, dtype=x.dtype) / dim)
+    both = torch.outer(places, frequencies).repeat(1, 2)
     return both.cos(), both.sin()
 
 
@@ -135,13 +139,13 @@ def rotate_half(x: Tensor) -> Tensor:
 class Rope(Scored):
     def turned(self, x: Tensor) -> Tensor:
         heads = heads_of_size(x, HEAD_DIM)
-        cos, sin = rotary(x.shape[1], HEAD_DIM)
+        cos, sin = rotary(x, HEAD_DIM)
         return heads * cos + rotate_half(heads) * sin
 
 
 class RopeBeforeHeads(Scored):
     def turned(self, x: Tensor) -> Tensor:
-        cos, sin = rotary(x.shape[1], x.shape[-1])
+        cos, sin = rotary(x, x.shape[-1])
         return heads_of_size(x * cos + rotate_half(x) * sin, HEAD_DIM)
 
 
@@ -150,7 +154,8 @@ class ComplexRope(Scored):
 
     def turned(self, x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(heads_of_size(x, HEAD_DIM).contiguous().unflatten(-1, (-1, 2)))
-        angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1]).double()
+        places = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+        angles = torch.outer(places, torch.tensor([1.0, 0.1]).to(x))
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
@@ -158,7 +163,7 @@ class SinusoidsInside(Scored):
     """Positions are added to queries and keys, behind their projections."""
 
     def turned(self, x: Tensor) -> Tensor:
-        cos, _ = rotary(x.shape[1], x.shape[-1])
+        cos, _ = rotary(x, x.shape[-1])
         return heads_of_size(x + cos, HEAD_DIM)
 
 
@@ -179,15 +184,15 @@ class MaskOfHeads(BooleanMask):
 
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         back, ahead = scores.chunk(2, dim=1)
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         return torch.cat([back.masked_fill(~seen, -1e9), ahead.masked_fill(~seen.T, -1e9)], dim=1)
 
 
 class Baddbmm(Scored):
     def biased(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         flat = scores.flatten(0, 1)
-        causal = torch.full(flat.shape[-2:], -1e9).triu(1).expand_as(flat)
-        eye = torch.eye(flat.shape[-1]).expand_as(flat)
+        causal = flat.new_full(flat.shape[-2:], -1e9).triu(1).expand_as(flat)
+        eye = torch.eye(flat.shape[-1]).to(flat).expand_as(flat)
         return torch.baddbmm(causal, flat, eye, beta=1.0, alpha=0.5).view_as(scores)
 
 
@@ -261,7 +266,7 @@ NETS: tuple[Net, ...] = (
     wrong("one temperature, its gradient partial", lambda: lm(OneTemperature), QKVO, "scores * self.temperature.exp()"),
     wrong("relative bias of the first heads", lambda: lm(RelativeBiasSlice), QKVO, "scores + bias[: scores.shape[1]]"),
     wrong("rotary over all features", lambda: lm(RopeBeforeHeads), QKVO, "x * cos + rotate_half(x) * sin"),
-    wrong("sinusoids of a local width", lambda: lm(SinusoidsInside), QKVO, "cos, _ = rotary(x.shape[1], x.shape[-1])"),
+    wrong("sinusoids of a local width", lambda: lm(SinusoidsInside), QKVO, "cos, _ = rotary(x, x.shape[-1])"),
     wrong("masks of half of the heads", lambda: lm(MaskOfHeads), QKVO, "scores.chunk(2, dim=1)", sizes=(2,)),
     wrong(
         "cross-attention, packed by heads",

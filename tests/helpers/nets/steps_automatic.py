@@ -285,7 +285,7 @@ class Noise(Module):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x = self.net.embed(batch["tokens"])
-        x = x + 0.1 * torch.randn(x.shape, generator=self.generator)
+        x = x + 0.1 * torch.randn(x.shape, generator=self.generator).to(x)
         return cross_entropy(self.head(self.net.inner(x)), batch["targets"])
 
 

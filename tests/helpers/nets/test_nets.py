@@ -47,6 +47,17 @@ def test_a_net_is_right_or_wrong_in_numbers(net: Net) -> None:
         assert error < RIGHT if net.right else error > WRONG, f"TP={size}: {error:.1e}"
 
 
+READS_VALUES = ("sparse experts in a list",)
+
+
+@pytest.mark.parametrize("net", [net for net in NETS if net.name not in READS_VALUES], ids=lambda net: net.name)
+def test_a_net_makes_its_tensors_as_those_that_it_is_given(net: Net) -> None:
+    model = net.build().to("meta")
+    loss = model(**{name: tensor.to("meta") for name, tensor in net.batch().items()})
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.is_meta
+
+
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
 def test_a_net_is_built_alike_every_time_and_names_one_line(net: Net) -> None:
     model, other = net.build(), net.build().state_dict()

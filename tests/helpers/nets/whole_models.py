@@ -135,7 +135,7 @@ class HeadPenalty(Loss):
 class Orthogonality(Loss):
     def more(self, activations: list[Tensor], tokens: Tensor) -> Tensor:
         gram = self.mlp.up.weight.T @ self.mlp.up.weight
-        return (gram - torch.eye(WIDTH)).pow(2).mean()
+        return (gram - torch.eye(WIDTH).to(gram)).pow(2).mean()
 
 
 class AllParameters(Loss):
@@ -348,7 +348,7 @@ NETS: tuple[Net, ...] = (
     wrong("penalty of activations", ActivationPenalty, UP_DOWN, "h.pow(2).mean() for h in activations"),
     wrong("variance of activations", LoadBalance, UP_DOWN, "activations[0].relu().mean((0, 1)).var()"),
     wrong("penalty of a sharded weight", WeightPenalty, UP_DOWN, "self.mlp.up.weight.norm()"),
-    wrong("orthogonality of a sharded weight", Orthogonality, UP_DOWN, "(gram - torch.eye(WIDTH)).pow(2)"),
+    wrong("orthogonality of a sharded weight", Orthogonality, UP_DOWN, "(gram - torch.eye(WIDTH).to(gram)).pow(2)"),
     wrong("penalty of all parameters", AllParameters, UP_DOWN, "p.abs().sum() for p in self.parameters()"),
     wrong("entropy of attention maps", MapEntropy, QKVO, "loss + 0.1 * entropy.mean()"),
     wrong(
