@@ -260,9 +260,9 @@ def lm(layer: Callable[[], nn.Module]) -> LanguageModel:
 VALUES_ONLY = rules("v", "o", rule("q|k", "skip", partial_outputs=WIDTH))
 
 NETS: tuple[Net, ...] = (
-    right("heads by head_dim", lambda: lm(HeadDim), QKVO),
+    right("heads by head_dim", lambda: lm(HeadDim), QKVO, sizes=(2, 3, 4)),
     right("heads as num_heads", lambda: lm(NumHeads), QKVO),
-    right("six heads, uneven at four ranks", lambda: LanguageModel(NumHeads(6, 24)), QKVO),
+    right("six heads, uneven at four ranks", lambda: LanguageModel(NumHeads(6, 24)), QKVO, sizes=(2, 3, 4)),
     right("head size as embed_dim over num_heads", lambda: lm(WidthOverHeads), QKVO),
     right("heads by split of their size", lambda: lm(SplitBySize), QKVO),
     right("heads from a helper by their size", lambda: lm(HelperOfSize), QKVO),
