@@ -167,6 +167,17 @@ def set_random_state(state: dict[str, Any]) -> None:
     _set_rng_states(state)
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, entering ``torch.autocast`` changes nothing, in all threads."""
+    # torch asks whether the dtype suits the device; a cast that does not happen need not be asked about
+    with (
+        mock.patch.object(torch.autocast, "__enter__", lambda self: self),
+        mock.patch.object(torch.autocast, "__exit__", lambda self, *_: None),
+    ):
+        yield
+
+
 # -- transformers (5.17 to 5.24) ---------------------------------------------------------------------------------------
 
 

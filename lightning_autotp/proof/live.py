@@ -35,7 +35,13 @@ def carry_over(live: nn.Module, before: Attributes, copy: nn.Module) -> None:
         parameter.requires_grad_(trains.get(name, parameter.requires_grad))
 
 
-def flags(model: nn.Module) -> tuple[int, int]:
-    """A number for which parameters train, and one for which modules are in training mode."""
-    trains = hash(tuple(parameter.requires_grad for parameter in model.parameters()))
-    return trains, hash(tuple(module.training for module in model.modules()))
+def flags(model: nn.Module) -> int:
+    """A number for which parameters train, and for all switches of modules; those that count are left out."""
+    trains = tuple(parameter.requires_grad for parameter in model.parameters())
+    switches = [
+        (name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, str, type(None))) and not name.startswith("__")
+    ]
+    return hash((trains, tuple(switches)))

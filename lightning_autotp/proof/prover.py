@@ -78,7 +78,7 @@ class Prover:
 
     def is_new(self, model: nn.Module, look: Look) -> bool:
         """Whether no step of this kind was seen before; it is from now on."""
-        key = (look.stage, look.args[1:] and look.args[2:], structure(look.args[0]), *flags(model))
+        key = (look.stage, look.args[1:] and look.args[2:], structure(look.args[0]), flags(model))
         if key in self._seen:
             return False
         self._seen.add(key)
@@ -116,7 +116,12 @@ class Prover:
         decisions = Decisions()
         step = LightningStep(look.stage, look.args, look.trainer, names, decisions)
         proof = self._values(made, step, self.plan)
-        found, plan, made_first = [proof.verdict], proof.repairs.plan(self.plan), list(decisions.made)
+        if look.stage == "training" and proof.verdict.kind == "proved":
+            step = replace(step, counters=tuple(decisions.changed))
+        plan = proof.repairs.plan(self.plan)
+        if step.counters:
+            proof = replace(proof, verdict=self._values(made, step, plan).verdict)
+        found, made_first = [proof.verdict], list(decisions.made)
         first = sorted({made_first.index(line) for line in made_first})
         for place in first[:_MOST_BRANCHES] if proof.verdict.kind != "refuted" else ():
             line = made_first[place]

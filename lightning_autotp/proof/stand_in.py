@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_autotp.proof.watched import Decisions, watch
 
@@ -92,7 +93,7 @@ class StandInTrainer:
         optimizers = [
             StandInOptimizer(optimizer, _groups(optimizer.param_groups, names, own), stepped)
             for optimizer in (getattr(real, "optimizers", None) or ())
-        ] or [StandInOptimizer(None, [{"params": list(own.values()), "lr": 1e-3}], stepped)]
+        ] or [StandInOptimizer(optimizer, optimizer.param_groups, stepped) for optimizer in _configured(module)]
         self._real, self._decisions = real, decisions
         ours = getattr(real, "strategy", None)
         sizes = {name: getattr(ours, name, 1) for name in ("world_size", "dp_size", "tp_size")}
@@ -127,6 +128,22 @@ class StandInTrainer:
             raise AttributeError(name)
         value = _BEFORE_A_RUN[name] if self._real is None and name in _BEFORE_A_RUN else getattr(self._real, name)
         return watch(value, f"trainer.{name}", self._decisions) if name in COUNTERS else value
+
+
+def _configured(module: LightningModule) -> list[Optimizer]:
+    """The optimizers of a copy, before a Trainer has made any; one of all parameters if it has none to give."""
+    try:
+        found: Any = module.configure_optimizers()
+    except Exception:  # it may ask the Trainer for what is not known yet
+        found = None
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], (list, tuple)):
+        found = found[0]
+    each = list(found) if isinstance(found, (list, tuple)) else [found]
+    optimizers = [one["optimizer"] if isinstance(one, Mapping) else one for one in each]
+    optimizers = [one.optimizer if isinstance(one, LightningOptimizer) else one for one in optimizers]
+    if optimizers and all(isinstance(one, Optimizer) for one in optimizers):
+        return optimizers
+    return [torch.optim.SGD(list(module.parameters()), lr=1e-3)]
 
 
 _BEFORE_A_RUN: dict[str, Any] = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_autotp.compat import tree_map
 from lightning_autotp.model_sources.factory import loss_of
+from lightning_autotp.proof.live import attributes
 from lightning_autotp.proof.stand_in import StandInTrainer
 from lightning_autotp.proof.watched import Decisions, watch
 
@@ -95,6 +96,7 @@ class LightningStep:
         trainer: the run's Trainer, None before there is one.
         names: the run's own parameters by their names.
         decisions: notes what is decided by numbers that change from step to step.
+        counters: numbers of the module's own that do, by module path and name.
     """
 
     stage: str
@@ -102,6 +104,7 @@ class LightningStep:
     trainer: Any = None
     names: Mapping[int, str] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
+    counters: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, seen: Seen) -> None:
         """Run the step.
@@ -111,6 +114,7 @@ class LightningStep:
         """
         module: Any = seen.model
         decisions = Decisions(self.decisions.flipped)  # ranks run in turns, each decides for itself
+        before = attributes(module)
         with _trained_by(self, module, seen, decisions) as trainer:
             batch, *rest = self.args
             counted = [watch(value, name, decisions) for value, name in zip(rest, ("batch_idx", "dataloader_idx"))]
@@ -127,6 +131,11 @@ class LightningStep:
                 if not seen.losses:
                     raise ValueError("training_step called no manual_backward; there is no loss to look at.")
         self.decisions.made[:] = decisions.made
+        self.decisions.changed[:] = [
+            place
+            for place, value in attributes(module).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value != before.get(place, value)
+        ]
 
     def _optimize(self, module: Any, output: Any, trainer: StandInTrainer, seen: Seen) -> None:
         """What a Trainer does with the loss of a training step, hooks of the module included."""
@@ -164,6 +173,9 @@ def _trained_by(step: LightningStep, module: Any, seen: Seen, decisions: Decisio
         for name, value in values.items():
             log(name, value)
 
+    for path, name in step.counters:
+        counting = module.get_submodule(path)
+        setattr(counting, name, watch(getattr(counting, name), f"{path}.{name}".lstrip("."), decisions))
     inside = [one for one in module.modules() if isinstance(one, LightningModule)]
     for one in inside:
         one._trainer = trainer  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.compat import grouped_experts_in_fp64, tree_map
+from lightning_autotp.compat import grouped_experts_in_fp64, tree_map, without_autocast
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.distributed.lockstep import CollectiveMismatchError, Lockstep
@@ -213,7 +213,7 @@ def _run(
         gradients.remove()
         return seen
 
-    with _quiet(), _computing_in(precision):
+    with quiet(), _computing_in(precision):
         _cast_model(model, cast)
         try:
             (full,) = Lockstep[Seen](1).run(unsharded)
@@ -356,14 +356,14 @@ def _computing_in(precision: Precision) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     try:
-        with grouped_experts_in_fp64():
+        with grouped_experts_in_fp64(), without_autocast():
             yield
     finally:
         torch.set_default_dtype(before)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Inside, nothing warns or prints: the step that follows will."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

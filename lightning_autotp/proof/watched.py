@@ -16,6 +16,8 @@ class Decisions:
     flipped: frozenset[int] = frozenset()
     made: list[str] = field(default_factory=list)
     """A line for each decision, in order."""
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    """The plain numbers that the step itself changed, by module path and name."""
 
     def decide(self, answer: bool, name: str) -> bool:
         """Note a decision, and answer it."""
