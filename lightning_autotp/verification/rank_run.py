@@ -18,6 +18,7 @@ from lightning_autotp.distributed.lockstep import Lockstep
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
+from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.error_metrics import (
     BOUNDS,
     Errors,
@@ -29,6 +30,10 @@ from lightning_autotp.proof.error_metrics import (
     tensor_error,
     tensor_errors,
 )
+from lightning_autotp.proof.repair import Repairs
+from lightning_autotp.proof.step import loss_of_batch, loss_step
+from lightning_autotp.proof.values import Proof, prove_values
+from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
@@ -163,7 +168,25 @@ def run_unsharded(case: Case, precision: Precision) -> Run:
     return run
 
 
-def run_sharded(case: Case, unsharded: Run, precision: Precision) -> list[Measured]:
+def prove(case: Case) -> Proof:
+    """The proof of the first step, with what a run with this config would repair.
+
+    Raises:
+        Refused: if the plan is refused.
+        Exception: what building the model raises.
+    """
+    if case.config.proof == "off" or case.tp_size == 1:
+        return Proof(Verdict("unknown"))
+
+    def work(mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+        return model, batches[0]
+
+    ((model, batch),) = _on_ranks(case, 1, "fp32", work)
+    plan = _plan(case, model)
+    return prove_values(model, plan, case.config, loss_step(loss_of_batch, batch))
+
+
+def run_sharded(case: Case, unsharded: Run, precision: Precision, repairs: Repairs) -> list[Measured]:
     """The sharded run, compared with the unsharded one; one result a rank.
 
     Raises:
@@ -172,7 +195,7 @@ def run_sharded(case: Case, unsharded: Run, precision: Precision) -> list[Measur
     """
 
     def work(mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]) -> Measured:
-        return _measure(case, unsharded, precision, mesh, model, batches)
+        return _measure(case, unsharded, precision, repairs, mesh, model, batches)
 
     return _on_ranks(case, case.tp_size, precision, work)
 
@@ -215,17 +238,35 @@ def _computing_in(precision: Precision) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _measure(
-    case: Case, want: Run, precision: Precision, mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]
-) -> Measured:
-    """One rank's sharded run, compared with the unsharded one."""
+def _plan(case: Case, model: nn.Module) -> ShardingPlan:
+    """The plan of a model, whose experts are grouped if it is one of transformers'.
+
+    Raises:
+        Refused: if it is refused.
+    """
     if ":" not in case.source:
         from lightning_autotp.model_sources.small import group_experts
 
         group_experts(model)
+    try:
+        return make_plan(model, case.config, case.tp_size)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+def _measure(
+    case: Case,
+    want: Run,
+    precision: Precision,
+    repairs: Repairs,
+    mesh: Mesh,
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+) -> Measured:
+    """One rank's sharded run, compared with the unsharded one."""
+    plan = repairs.plan(_plan(case, model))
     full = {name: p.numel() for name, p in model.named_parameters()}
     try:
-        plan = make_plan(model, case.config, case.tp_size)
         shard(model, plan, mesh, case.config, device=torch.device("cpu"))
     except ValueError as error:
         raise Refused(str(error)) from error

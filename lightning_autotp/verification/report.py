@@ -9,7 +9,7 @@ from typing import Literal, Optional
 from lightning_autotp.introspection.names import folded
 from lightning_autotp.proof.error_metrics import Precision, comparable
 
-Verdict = Literal["pass", "fail", "refused", "error"]
+Judgement = Literal["pass", "fail", "refused", "error"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,13 @@ class Report:
         warnings: those of the plan.
         precision: what it was computed in; None if nothing could be compared.
         seconds: how long it took.
+        repaired: what the first step showed that the plan lacks, and was made.
+        findings: what the proof found first, of a plan that fails.
     """
 
     model: str
     tp_size: int
-    verdict: Verdict
+    verdict: Judgement
     loss: float = math.nan
     rows: tuple[Row, ...] = ()
     share: float = math.nan
@@ -77,6 +79,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     precision: Optional[Precision] = None
     seconds: float = 0.0
+    repaired: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -101,6 +105,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.headline, *(f"warning: {warning}" for warning in self.warnings)]
+        lines += [f"repaired: {sentence}" for sentence in self.repaired] + list(self.findings)
         if self.forward:
             lines.append(f"the forward pass differs first in {self.forward}")
         groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)

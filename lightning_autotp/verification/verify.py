@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.distributed import lockstep
 from lightning_autotp.proof.error_metrics import (
     BOUNDS,
@@ -23,17 +24,21 @@ from lightning_autotp.proof.error_metrics import (
     comparable,
     largest_errors,
 )
+from lightning_autotp.proof.repair import Repairs
+from lightning_autotp.proof.values import Proof
+from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.verification.rank_run import (
     Case,
     Measured,
     NotNewError,
     Refused,
     Run,
+    prove,
     rounding_noise,
     run_sharded,
     run_unsharded,
 )
-from lightning_autotp.verification.report import Report, Row, Verdict, worst_first
+from lightning_autotp.verification.report import Judgement, Report, Row, worst_first
 from lightning_autotp.verification.undisturbed import undisturbed
 
 _ERRORS = (Exception, SystemExit)
@@ -76,7 +81,7 @@ def verify(
     case = Case(str(model), tp_size, loaded, steps, kv_heads)
     started = time.monotonic()
 
-    def report(verdict: Verdict, **found: Any) -> Report:
+    def report(verdict: Judgement, **found: Any) -> Report:
         return Report(case.source, tp_size, verdict, seconds=time.monotonic() - started, **found)
 
     with undisturbed():
@@ -85,7 +90,8 @@ def verify(
         except _ERRORS as error:
             return report("error", message=_message(error), details=_frames(error), unsharded=True)
         try:
-            precision, ranks = _sharded_ranks(case, unsharded)
+            proof = _proof(case)
+            precision, ranks = _sharded_ranks(case, unsharded, proof.repairs)
         except Refused as refused:
             return report("refused", message=str(refused))
         except _ERRORS as error:
@@ -107,7 +113,23 @@ def verify(
         forward="" if passed else next((rank.forward for rank in ranks if rank.forward), ""),
         warnings=ranks[0].warnings,
         precision=precision,
+        repaired=tuple(proof.repairs.sentences()),
+        findings=() if passed else tuple(str(one) for one in proof.verdict.findings),
     )
+
+
+def _proof(case: Case) -> Proof:
+    """The proof of the first step; one that says nothing where it cannot be made.
+
+    Raises:
+        Refused: if the plan is refused.
+    """
+    try:
+        return prove(case)
+    except Refused:
+        raise
+    except _ERRORS as error:
+        return Proof(Verdict("unknown", (Diagnostic("warning", "the step", _message(error)),)))
 
 
 def _unsharded_runs(case: Case) -> dict[Precision, Run]:
@@ -122,7 +144,7 @@ def _unsharded_runs(case: Case) -> dict[Precision, Run]:
         return {"fp32": run_unsharded(case, "fp32")}
 
 
-def _sharded_ranks(case: Case, unsharded: dict[Precision, Run]) -> tuple[Precision, list[Measured]]:
+def _sharded_ranks(case: Case, unsharded: dict[Precision, Run], repairs: Repairs) -> tuple[Precision, list[Measured]]:
     """The sharded run in fp64, and in fp32 if either fails in fp64; a run that is missing is added to ``unsharded``.
 
     Raises:
@@ -130,12 +152,12 @@ def _sharded_ranks(case: Case, unsharded: dict[Precision, Run]) -> tuple[Precisi
     """
     if "fp64" in unsharded:
         try:
-            return "fp64", run_sharded(case, unsharded["fp64"], "fp64")
+            return "fp64", run_sharded(case, unsharded["fp64"], "fp64", repairs)
         except (Refused, NotNewError):
             raise
         except _ERRORS:
             unsharded["fp32"] = run_unsharded(case, "fp32")
-    return "fp32", run_sharded(case, unsharded["fp32"], "fp32")
+    return "fp32", run_sharded(case, unsharded["fp32"], "fp32", repairs)
 
 
 def _noise(case: Case, unsharded: dict[Precision, Run], rank: Measured) -> Optional[list[dict[str, float]]]:
