@@ -56,6 +56,14 @@ def _size(value: Any, info: ValidationInfo) -> Any:
     return int(value)
 
 
+def _count(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ValueError(
+            f"{info.field_name}: {value!r} is not a number of steps; write one such as 1000, or 0 for never."
+        )
+    return int(value)
+
+
 def _loss_parallel(value: Any) -> Any:
     check_loss_parallel(value)
     return value
@@ -68,4 +76,5 @@ def _proof(value: Any) -> Any:
 ProofSwitch = Annotated[ProofMode, BeforeValidator(_proof)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
 Size = Annotated[int, BeforeValidator(_size)]
+Steps = Annotated[int, BeforeValidator(_count)]
 LossSwitch = Annotated[LossParallel, BeforeValidator(_loss_parallel)]

@@ -16,7 +16,7 @@ from lightning_autotp.config import deepspeed
 from lightning_autotp.config.descriptions import describe, with_entries
 from lightning_autotp.config.dtypes import DType
 from lightning_autotp.config.files import read_document
-from lightning_autotp.config.switches import LossSwitch, ProofSwitch, Size, Switch
+from lightning_autotp.config.switches import LossSwitch, ProofSwitch, Size, Steps, Switch
 from lightning_autotp.presets import AutoTPPresets
 from lightning_autotp.specs.layer_spec import AutoTPConfig, nearest
 
@@ -147,7 +147,11 @@ class TPTrainingConfig(_Section):
     a block. Needs activation checkpointing and no ``sequence_parallel``."""
 
     check_agreement: Switch = True
-    """Compare the data, the loss and replicated gradients across tensor parallel ranks, once a run."""
+    """Compare the data, the loss and replicated gradients across tensor parallel ranks at the start of a run, and later
+    what was zero or not finite then."""
+
+    check_every_n_steps: Steps = 1000
+    """With ``check_agreement``, compare a checksum of replicated parameters every so many optimizer steps; 0 never."""
 
     proof: ProofSwitch = "on"
     """Before the first step of each kind, compare it on a small copy of the model with the unsharded step: its loss and

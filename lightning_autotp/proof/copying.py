@@ -61,6 +61,11 @@ def alias_copy(module: nn.Module) -> nn.Module:
     return copied(module, lambda t: t, lambda t: t.clone())
 
 
+def own_copy(module: nn.Module) -> nn.Module:
+    """Copy ``module``, parameters and all."""
+    return copied(module, lambda t: t.clone(), lambda t: t.clone())
+
+
 def fill(made: nn.Module, original: nn.Module) -> None:
     """Give the parameters of a copy the values that those of the same names have in the original."""
     values = dict(original.named_parameters(remove_duplicate=False))

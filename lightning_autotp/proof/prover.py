@@ -13,7 +13,7 @@ from lightning_autotp.compat import tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof.copying import copied, empty_copy, fill
+from lightning_autotp.proof.copying import empty_copy, fill, own_copy
 from lightning_autotp.proof.live import Attributes, attributes, carry_over, flags
 from lightning_autotp.proof.step import LightningStep, Step, first_rows, loss_step
 from lightning_autotp.proof.values import Proof, prove_values
@@ -95,7 +95,7 @@ class Prover:
             return Proof(_unknown(f"the proof failed ({type(error).__name__}: {error})"))
 
     def _prove(self, kept: nn.Module, model: nn.Module, look: Look) -> Proof:
-        made = copied(kept, lambda t: t.clone(), lambda t: t.clone())
+        made = own_copy(kept)
         carry_over(model, self._before, made)
         batch, proof = look.args[0], Proof(Verdict("proved"))
         for rows in _rows(batch, self.plan.tp_size):
@@ -132,7 +132,7 @@ class Prover:
         return replace(proof, verdict=worst(found))
 
     def _values(self, made: nn.Module, step: Step, plan: ShardingPlan) -> Proof:
-        return prove_values(copied(made, lambda t: t.clone(), lambda t: t.clone()), plan, self.switches, step)
+        return prove_values(own_copy(made), plan, self.switches, step)
 
 
 def structure(batch: Any) -> Any:

@@ -23,7 +23,7 @@ from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.distributed.lockstep import CollectiveMismatchError, Lockstep
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof.copying import alias_copy
+from lightning_autotp.proof.copying import alias_copy, own_copy
 from lightning_autotp.proof.error_metrics import (
     BOUNDS,
     Errors,
@@ -194,7 +194,7 @@ def _run(
         return events[place].watching()
 
     def unsharded(mesh: Mesh) -> Seen:
-        seen = Seen(alias_copy(model), cast=lambda batch: tree_map(cast, batch))
+        seen = Seen(own_copy(model), cast=lambda batch: tree_map(cast, batch))
         with without_randomness(lines), watching(seen.model, 0):
             step(seen)
         return seen
@@ -205,6 +205,8 @@ def _run(
         found = shard(copy, plan, mesh, switches, device=torch.device("cpu"), training=True)
         for module, flag in zip(copy.modules(), flags):
             module.training = flag
+        for parameter in copy.parameters():  # a step may change them, and other ranks must not see it
+            parameter.data = parameter.data.clone()
         gradients = TPGradients(copy, found)
         seen = Seen(copy, gradients.complete, lambda batch: tree_map(cast, batch))
         saving = nullcontext() if found.saved is None else found.saved.step()

@@ -68,7 +68,10 @@ def parallelize(
     if "dtype" in switches.model_fields_set:
         model.to(switches.dtype)
 
-    plan, look = plan_once(model, switches, mesh), FirstLook(mesh, switches.check_agreement)
+    plan, look = (
+        plan_once(model, switches, mesh),
+        FirstLook(mesh, switches.check_agreement, switches.check_every_n_steps),
+    )
     prover = prover_of(model, plan, switches, mesh)
     if prover is not None:
         if sample_batch is None:

@@ -83,6 +83,7 @@ class AutoTPStrategy(CheckpointStrategy):
         save_distributed_checkpoint: bool = True,
         exclude_frozen_parameters: bool = False,
         check_agreement: Optional[bool] = None,
+        check_every_n_steps: Optional[int] = None,
         proof: Optional[ProofMode] = None,
         process_group_backend: Optional[str] = None,
         timeout: timedelta = default_pg_timeout,
@@ -175,7 +176,10 @@ class AutoTPStrategy(CheckpointStrategy):
 
     def _shard(self, module: LightningModule, fitting: bool) -> Engine:
         """Shard and compile the module, unless an earlier run has done it."""
-        look, is_new = FirstLook(self.mesh, self.config.check_agreement), sharded(module) is None
+        look, is_new = (
+            FirstLook(self.mesh, self.config.check_agreement, self.config.check_every_n_steps),
+            sharded(module) is None,
+        )
         plan = plan_once(module, self.config, self.mesh)
         if is_new and self.tp_size > 1 and self.is_global_zero:
             print_plan(plan)

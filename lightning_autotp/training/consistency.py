@@ -1,11 +1,12 @@
 """The net under every plan: tensor parallel ranks must see the same data and come to the same numbers.
 
-Looked at once for each run: at its first batches, its first evaluation step and before its first optimizer step, when a
-mistake costs least.
+Looked at in each run: at its first batches, its first evaluation step and before its first optimizer step, when a
+mistake costs least; at later steps what had nothing to compare then; and weights every so many steps.
 """
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -63,6 +64,11 @@ class Digest:
     numbers: tuple[float, ...]
     tolerance: float
 
+    @property
+    def says_something(self) -> bool:
+        """Whether it is of finite numbers that are not all zero."""
+        return all(map(math.isfinite, self.numbers)) and any(self.numbers)
+
 
 class FirstLook:
     """The comparisons of one run, each made once; nothing happens where there is no one to compare with.
@@ -70,11 +76,13 @@ class FirstLook:
     Every process of the run must make the same calls in the same order.
     """
 
-    def __init__(self, mesh: Mesh, enabled: bool) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, enabled: bool, every: int = 0) -> None:
+        self.mesh, self.every = mesh, every
         self.enabled = enabled and mesh.tp_size > 1
         self._seen: set[object] = set()
         self._loss: dict[str, Digest] = {}
+        self._steps: Counter[int] = Counter()
+        self._due: dict[int, set[str]] = {}
 
     def batch(self, batch: Any, loader: object) -> None:
         """Compare the first batch of each ``loader``, bit for bit."""
@@ -94,30 +102,45 @@ class FirstLook:
             self._loss = digests(loss, "the loss")
 
     def gradients(self, gradients: TPGradients, optimizer: object) -> None:
-        """Compare the last loss and the gradients of whole parameters, once for each ``optimizer``.
+        """Compare the last loss and the gradients of whole parameters at the first step of each ``optimizer``.
+
+        A gradient that is zero or not finite (of a layer that starts at zero, that thaws later, or that overflowed) has
+        shown nothing: it is compared again at the next steps, less and less often, until it has.
 
         To be called before partial gradients are completed, because one that is alike on all ranks is none, and before
         those of whole parameters are averaged, because then none differ.
         """
-        if not self._first(("gradients", id(optimizer))):
+        if not self.enabled:
             return
-        self._refuse_complete(gradients)
+        self._steps[id(optimizer)] += 1
+        step = self._steps[id(optimizer)]
+        due = self._due.setdefault(id(optimizer), set(gradients.whole_parameters()))
+        if step & (step - 1) or not due:  # steps 1, 2, 4, 8 and so on
+            return
+        if step == 1:
+            self._refuse_complete(gradients)
         gradients.complete(average=False)
-        values = dict(self._loss)
-        for name, grad in gradients.whole().items():
-            values |= digests(grad, f"the gradient of {name}")
+        values = dict(self._loss) if step == 1 else {}
+        found = {
+            name: digests(grad, f"the gradient of {name}") for name, grad in gradients.whole().items() if name in due
+        }
+        for of_one in found.values():
+            values |= of_one
         require_agreement(values, self.mesh, _SAME_NUMBERS)
+        due -= {name for name, of_one in found.items() if any(digest.says_something for digest in of_one.values())}
 
     def weights(self, whole: Callable[[], Mapping[str, Tensor]], optimizer: object) -> None:
-        """Warn where parameters that are whole are no longer bit-equal after the first step of each ``optimizer``."""
+        """Warn where parameters that are whole are no longer bit-equal after the first step of each ``optimizer``.
+
+        And again every ``every`` steps of it.
+        """
         if self._first(("weights", id(optimizer))):
             self._seen.add("weights")
-            values: dict[str, Digest] = {}
-            for name, parameter in whole().items():
-                values |= digests(parameter, name, exact=True)
-            found = disagreements(values, self.mesh)
-            if found:
-                rank_zero_warn(f"tensor parallel ranks drift apart in {_shown(found)}. {_SAME_STEP}")
+        elif not self.enabled or not self.every or self._steps[id(optimizer)] % self.every:
+            return
+        found = disagreements(_checksums(whole()), self.mesh)
+        if found:
+            rank_zero_warn(f"tensor parallel ranks drift apart in {_shown(found)}. {_SAME_STEP}")
 
     def step(self, models: Iterable[nn.Module], step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The result of an evaluation step; at the first one, it and what ``models`` gave in it are compared.
@@ -235,6 +258,18 @@ def _digest(tensor: Tensor, exact: bool) -> Digest:
     one, two = (torch.linalg.vector_norm(tensor, order, dtype=torch.float64) for order in (1, 2))
     numbers = torch.stack((tensor.sum(dtype=torch.float64), one, two)).tolist()
     return Digest(shape, tuple(numbers), _ROUNDING.get(tensor.dtype, 1e-3))
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, Digest]:
+    """A sum of the bits of each tensor, computed where the tensors are and read at once."""
+    held = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel()}
+    bits = [t.contiguous().view(-1).view(_BITS.get(t.element_size(), torch.int64)) for t in held.values()]
+    sums = torch.stack([b.sum(dtype=torch.int64) for b in bits]).tolist() if bits else []
+    # modulo what a float holds exactly
+    return {n: Digest(tuple(t.shape), (float(total % 2**52),), 0.0) for (n, t), total in zip(held.items(), sums)}
 
 
 def _difference(want: "Digest | None", got: "Digest | None") -> str:

@@ -323,3 +323,41 @@ def test_a_dropout_that_numpy_draws_is_alike_on_all_ranks_without_a_seed() -> No
     model = ByNumpy()
     trainer(strategy(2)).fit(model)
     assert model.trainer.global_step == 4
+
+
+class LateHeads(Heads):
+    """Its output is multiplied by a number that starts at zero: no gradient says anything in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * (super().forward(x) - x)
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_was_zero_at_first_is_compared_later() -> None:
+    model = Regressor(LateHeads)
+    with pytest.raises(DisagreementError, match=r"the gradient of net\.head_norm"):
+        trainer(strategy(2)).fit(model)
+    assert model.trainer.global_step == 1
+
+
+class Drifts(Regressor):
+    """One rank changes a replicated weight by itself, after the third step."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 2 and dist.get_rank() == 1:
+            with torch.no_grad():
+                self.net.get_parameter("norm.weight").add_(1e-3)
+
+
+@pytest.mark.parametrize("every", [0, 4])
+@pytest.mark.ranks(2)
+def test_weights_are_compared_every_so_many_steps(every: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(strategy(2, check_every_n_steps=every)).fit(Drifts())
+    told = [str(one.message) for one in caught if "drift apart in net.norm.weight" in str(one.message)]
+    assert len(told) == (1 if every and dist.get_rank() == 0 else 0)
