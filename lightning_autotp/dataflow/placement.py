@@ -9,9 +9,9 @@ them is arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import groupby, pairwise, product
 from math import prod
 from typing import Optional, Union
 
@@ -51,8 +51,36 @@ class Constant:
         return f"{' | '.join(map(str, self.widths))} equal entries"
 
 
-DimPlacement = Optional[Union[Shards, Constant]]
+@dataclass(frozen=True)
+class Repeated:
+    """A dim along which indices of one class have the same value: keys that are repeated for all heads that read them.
+
+    ``classes[i]`` is the class of index i, ``held[r]`` those of rank r's entries in local order.
+    """
+
+    classes: tuple[int, ...]
+    held: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """The full size."""
+        return len(self.classes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Each rank's local size."""
+        return tuple(len(mine) for mine in self.held)
+
+    def __str__(self) -> str:
+        """Each rank's entries, by their first index with that value: ``2 of 0:1 | 2 of 4:5``."""
+        return " | ".join(", ".join(_counted(self.classes.index(at) for at in mine)) or "none" for mine in self.held)
+
+
+DimPlacement = Optional[Union[Shards, Constant, Repeated]]
 """None: every rank holds all indices in order."""
+
+
+_WORDS = {Shards: "sharded", Constant: "constant", Repeated: "repeated"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +120,7 @@ class Placement:
 
     def __str__(self) -> str:
         """The placement in words: replicated, sharded along dim d, partial."""
-        words = [
-            f"sharded along dim {at} ({dim})" if isinstance(dim, Shards) else f"constant along dim {at} ({dim})"
-            for at, dim in enumerate(self.dims)
-            if dim is not None
-        ]
+        words = [f"{_WORDS[type(dim)]} along dim {at} ({dim})" for at, dim in enumerate(self.dims) if dim is not None]
         return " and ".join([*words, *(["partial"] if self.partial else [])]) or "replicated"
 
 
@@ -125,6 +149,33 @@ def constant(size: int, widths: Sequence[int]) -> Optional[Constant]:
     return None if all(width == size for width in widths) else Constant(size, tuple(widths))
 
 
+def labels(dim: DimPlacement, size: int, ranks: int) -> tuple[Sequence[int], list[Sequence[int]]]:
+    """A label for each index of a dim, alike where the value is, and the labels of each rank's entries in order."""
+    if isinstance(dim, Repeated):
+        return dim.classes, list(dim.held)
+    if isinstance(dim, Constant):
+        return [0] * size, [[0] * width for width in dim.widths]
+    if isinstance(dim, Shards):
+        return range(size), [[at for start, n in part for at in range(start, start + n)] for part in dim.parts]
+    return range(size), [range(size)] * ranks
+
+
+def repeated(classes: Sequence[Hashable], held: Sequence[Sequence[Hashable]]) -> DimPlacement:
+    """The dim of which these are the labels: see :func:`labels`. Those of ranks must be among the full dim's."""
+    numbers: dict[Hashable, int] = {}
+    own = tuple(numbers.setdefault(label, len(numbers)) for label in classes)
+    mine = tuple(tuple(numbers[label] for label in its) for its in held)
+    if all(its == own for its in mine):
+        return None
+    if len(numbers) == len(own):
+        return shards(len(own), [[(at, 1) for at in its] for its in mine])
+    return constant(len(own), [len(its) for its in mine]) if len(numbers) == 1 else Repeated(own, mine)
+
+
+def _counted(entries: Iterable[int]) -> Iterator[str]:
+    return (f"{len(list(alike))} of {at}:{at + 1}" for at, alike in groupby(entries))
+
+
 def covered(dims: Sequence[DimPlacement]) -> bool:
     """Whether every element is held by some rank (shards along two dims can leave holes)."""
     return all(holders for holders in _cells(dims))
@@ -132,26 +183,23 @@ def covered(dims: Sequence[DimPlacement]) -> bool:
 
 def disjoint(dims: Sequence[DimPlacement]) -> bool:
     """Whether the tensor is sharded, and no element is held by two ranks."""
-    sharded = any(isinstance(dim, Shards) for dim in dims)
+    sharded = any(isinstance(dim, (Shards, Repeated)) for dim in dims)
     return sharded and all(holders <= 1 for holders in _cells(dims))
 
 
 def _cells(dims: Sequence[DimPlacement]) -> Iterator[int]:
-    """How often each block is held: those between two neighbouring ends of intervals."""
-    sharded = [dim for dim in dims if isinstance(dim, Shards)]
-    if not sharded:
-        return
-    ranks = range(len(sharded[0].parts))
-    segments = []
-    for dim in sharded:
-        ends = {0, dim.size, *(at for part in dim.parts for start, length in part for at in (start, start + length))}
-        segments.append(list(pairwise(sorted(ends))))
-    for cell in product(*segments):
-        times = (
-            prod(
-                sum(start <= begin and end <= start + length for start, length in dim.parts[rank])
-                for dim, (begin, end) in zip(sharded, cell)
-            )
-            for rank in ranks
-        )
-        yield sum(times)
+    """How often each block is held: those between neighbouring ends of intervals, and classes of equal entries."""
+    held = [_blocks(dim) for dim in dims if isinstance(dim, (Shards, Repeated))]
+    for cell in product(*held) if held else ():
+        yield sum(map(prod, zip(*cell)))
+
+
+def _blocks(dim: Union[Shards, Repeated]) -> list[list[int]]:
+    """How often each rank holds each block of a dim."""
+    if isinstance(dim, Repeated):
+        return [[at in mine for mine in dim.held] for at in range(max(dim.classes) + 1)]
+    ends = {0, dim.size, *(at for part in dim.parts for start, length in part for at in (start, start + length))}
+    return [
+        [sum(start <= begin and end <= start + length for start, length in part) for part in dim.parts]
+        for begin, end in pairwise(sorted(ends))
+    ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import groupby, product
 from math import prod
 from typing import Optional
 
-from lightning_autotp.dataflow.placement import Part, Shape, joined
+from lightning_autotp.dataflow.placement import DimPlacement, Part, Shape, joined, repeated
 
 
 def flattened(parts: Sequence[Part], sizes: Sequence[int]) -> Part:
@@ -46,6 +46,37 @@ def _by_row(start: int, length: int, row: int) -> Iterator[tuple[int, int, int]]
         step = min(length, row - begin)
         yield at, begin, step
         start, length = start + step, length - step
+
+
+def factored(
+    classes: Sequence[Hashable], sizes: Sequence[int], held: Sequence[Sequence[Hashable]], local: list[list[int]]
+) -> Optional[list[DimPlacement]]:
+    """Dims of ``sizes``, and of ``local`` sizes on the ranks, that have these labels in flat order; None if none do."""
+    places = list(product(*map(range, sizes)))
+    lines: list[list[list[Hashable]]] = [[[] for _ in range(size)] for size in sizes]
+    for place, label in zip(places, classes):
+        for dim, at in enumerate(place):
+            lines[dim][at].append(label)
+    numbers = [_numbered(map(tuple, line)) for line in lines]  # what is alike along a dim has equal lines across it
+    known: dict[Hashable, list[int]] = {}
+    for place, label in zip(places, classes):
+        its = [numbers[dim][at] for dim, at in enumerate(place)]
+        if known.setdefault(label, its) != its:
+            return None
+    entries: list[list[list[int]]] = [[[-1] * size for size in mine] for mine in local]
+    for own, mine, shape in zip(held, entries, local):
+        for place, label in zip(product(*map(range, shape)), own):
+            for dim, at in enumerate(place):
+                number = known[label][dim]
+                if mine[dim][at] not in (-1, number):
+                    return None
+                mine[dim][at] = number
+    return [repeated(own, [mine[dim] for mine in entries]) for dim, own in enumerate(numbers)]
+
+
+def _numbered(labels: Iterable[Hashable]) -> list[int]:
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(label, len(numbers)) for label in labels]
 
 
 def groups(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:

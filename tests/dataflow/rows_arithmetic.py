@@ -77,6 +77,12 @@ ARITHMETIC = (
         right="t t, h h, + +, + 0, 0 +, h h=, h= h=, h* h*",
         wrong="t ., h ., + ., . +, t h, h h*",
     ),
+    Row(
+        aten.add.Tensor,
+        "th th",
+        right="h h%, h% h, h% h%, h% h=, h/ h/, h^ h^",
+        wrong="h h/, h% ., h% h*, h% h/, h^ h",
+    ),
     Row(aten.add.Tensor, "bth h", right="t ., b ., h h, + +", wrong="h ., + .", conservative=". h"),
     Row(aten.add.Tensor, "th", right="t, h", wrong="+", arguments=lambda x: (x, 2.0)),
     Row(aten.add.Tensor, "th", wrong="t, h", arguments=lambda x: (x, x.shape[0] * x.shape[1])),
@@ -214,6 +220,13 @@ ARITHMETIC = (
     # products
     Row(aten.mm.default, "th hk", right="t ., . k, h h, + ., . +, h h=, 0 .", wrong="t k, h ., . h, + +, h* h*, + k"),
     Row(aten.bmm.default, "nth nhk", right="n n, t ., . k, h h, + ., n* n*", wrong="n ., t k, h ., n h, + +, h* h*"),
+    Row(
+        aten.bmm.default,
+        "hts hsk",
+        right="h h%, h% h, h% h%, h= h%",
+        wrong="h h/, h h^, . h%, + h%",
+    ),
+    Row(aten.mm.default, "th hk", right="h h%, h% h", unknown="h% h%", wrong="h h/"),
     Row(aten.mv.default, "th h", right="t ., h h, + .", wrong="h ., + +, t h"),
     Row(aten.dot.default, "h h", right="h h, + .", wrong="h ., + +, h* h*"),
     Row(

@@ -25,9 +25,16 @@ MOVES = (
     Row(
         aten.view.default,
         "bdt",
-        right="d, b",
-        unknown="d=, t=",
+        right="d, b, d=, t=, d%, d^, d/, t%, t^, t/",
         arguments=lambda x: (x, [x.shape[0], x.shape[1] * x.shape[2]]),
+    ),
+    Row(aten.view.default, "bhd", right="h%, h^, h/, b%, d%", arguments=lambda x: (x, [-1, x.shape[2]])),
+    Row(aten.view.default, "btq", right="q%, q=", arguments=lambda x: (x, [*x.shape[:2], -1, 4])),
+    Row(
+        *(aten.view.default, "btq"),
+        right="t%, b%",
+        wrong="q%",
+        arguments=lambda x: (x, [*x.shape[:2], 5, x.shape[2] // 5]),
     ),
     Row(aten.view.default, "th", right="t, h, .", arguments=lambda x: (x, [x.shape[0] * x.shape[1]])),
     Row(
@@ -46,13 +53,16 @@ MOVES = (
     Row(aten.expand.default, "bots ?:bnts", right=". n", arguments=lambda x, y: (x, [-1, y.shape[1], -1, -1])),
     Row(aten.expand.default, "th", right="t, h, .", arguments=lambda x: (x, [2, *x.shape])),
     Row(aten.expand.default, "bt", right="t, .", wrong="b", arguments=lambda x: (x, [3, x.shape[1]])),
-    Row(aten.repeat.default, "th", right="t, +", unknown="h", arguments=lambda x: (x, [3, 1, 2])),
+    Row(aten.repeat.default, "th", right="t, +, h, h=, h%, h^, h*", arguments=lambda x: (x, [3, 1, 2])),
+    Row(aten.repeat.default, "th", right="h, t, ., h/", arguments=lambda x: (x, [1, 16 // x.shape[1]])),
+    Row(aten.repeat.default, "ot ?:th", right=". h, t .", arguments=lambda x, y: (x, [y.shape[1], 1])),
     Row(aten.flip.default, "th", right="t, +", wrong="h", arguments=lambda x: (x, [1])),
     Row(aten.roll.default, "bth", right="b, h, +", wrong="t", arguments=lambda x: (x, [1], [1])),
     Row(aten.constant_pad_nd.default, "bth", right="b, h, +", wrong="t", arguments=lambda x: (x, [0, 0, 1, -1])),
     Row(aten.constant_pad_nd.default, "bth", right="b, h, 0", wrong="t, +", arguments=lambda x: (x, [0, 0, 1, 0], 1.0)),
     # slices
     Row(aten.slice.Tensor, "bth", right="b, h, t, t*, +, t=", arguments=lambda x: (x, 1)),
+    Row(aten.slice.Tensor, "th", right="h/", wrong="h, h%", arguments=lambda x: (x, 1, 0, x.shape[1] // 2)),
     Row(aten.slice.Tensor, "bth", right="b, h, +, 0", wrong="t", arguments=lambda x: (x, 1, 1)),
     Row(aten.slice.Tensor, "th", right="h, t", arguments=lambda x: (x, 0, 0, x.shape[0])),
     Row(aten.slice.Tensor, "th th", right=". .", wrong=". t, + t", arguments=lambda x, y: (x, 0, 0, y.shape[0])),
@@ -79,11 +89,11 @@ MOVES = (
         arguments=lambda x, y: (x, y, 0),
     ),
     Row(aten.select.int, "bth", right="b, h, +, t=", wrong="t", arguments=lambda x: (x, 1, -1)),
-    Row(aten.select.int, "bth", right="b, h", wrong="t", arguments=lambda x: (x, 1, 0)),
+    Row(aten.select.int, "bth", right="b, h, t/, b%", wrong="t, t%, t^", arguments=lambda x: (x, 1, 0)),
     Row(
         aten.select_backward.default, "bh", right="b, h, +", arguments=lambda g: (g, [g.shape[0], 7, g.shape[1]], 1, 2)
     ),
-    Row(aten.unbind.int, "bth", right="b, h, +", wrong="t", arguments=lambda x: (x, 1)),
+    Row(aten.unbind.int, "bth", right="b, h, +, h%", wrong="t", unknown="t%", arguments=lambda x: (x, 1)),
     Row(aten.split.Tensor, "tq", right="t, +", wrong="q", arguments=lambda x: (x, 5, 1)),
     Row(aten.split.Tensor, "tq", right="t, +", wrong="q", arguments=lambda x: (x, x.shape[1] // 2, 1)),
     Row(
@@ -98,7 +108,7 @@ MOVES = (
         "th th",
         right="h h, t t, + +, + 0, h .",
         wrong="t ., h t",
-        unknown="+ ., h= h",
+        unknown="+ ., h= h, h% h",
         arguments=lambda x, y: ([x, y], 1),
     ),
     Row(

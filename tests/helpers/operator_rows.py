@@ -2,7 +2,9 @@
 
 Inputs are written in letters, a letter a dim: ``"bth hk"``; ``8:bt`` are indices below 8, ``p:th`` positive numbers,
 ``?:th`` a mask. Cases say what the ranks hold, one word an input: ``.`` replicated, ``t`` sharded along t, ``t*``
-sharded with overlap, ``t=`` equal along t and as many as a shard has, ``t~`` one of them, ``+`` partial, ``0`` zeros.
+sharded with overlap, ``t=`` equal along t and as many as a shard has, ``t~`` one of them, ``+`` partial, ``0`` zeros;
+``t%`` pairs of equal neighbours, of which a rank has those of its shard, ``t^`` one of each of these, ``t/`` one of
+each pair.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_autotp.dataflow.event import Event, Operand, RankCall, bound
-from lightning_autotp.dataflow.placement import Constant, Interval, Placement, Shards, constant, shards
+from lightning_autotp.dataflow.placement import (
+    Constant,
+    Interval,
+    Placement,
+    Repeated,
+    Shards,
+    constant,
+    labels,
+    repeated,
+    shards,
+)
 from lightning_autotp.layout.layout import even_widths
 
 SIZES = {
@@ -83,7 +95,7 @@ def some_cases(row: Row, count: int) -> list[str]:
     ways = []
     for spec in row.inputs.split():
         kind, _, letters = spec.rpartition(":")
-        dims = [letter + how for letter in letters if SIZES[letter][0] > 1 for how in ("", "*", "=")]
+        dims = [letter + how for letter in letters if SIZES[letter][0] > 1 for how in ("", "*", "=", "%")]
         ways.append([".", *dims, *([] if kind else ["+", "0"])])
     every = [" ".join(words) for words in product(*ways)]
     return Random(0).sample(every, min(count, len(every)))
@@ -122,6 +134,8 @@ def made_input(spec: str, case: str, ranks: int) -> Input:
     at, parts = letters.index(case[0]), parts_of(case[0], ranks, case[1:] == "*")
     if case[1:] == "~":
         parts = [[(0, 1)] for _ in range(ranks)]
+    if case[1:] in ("%", "^", "/"):
+        return repeated_input(full, at, case[1:], [part[0] for part in parts])
     if case[1:] in ("=", "~"):
         full = full.narrow(at, 0, 1).expand(shape).contiguous()
         dim: Any = constant(shape[at], [part[0][1] for part in parts])
@@ -129,6 +143,18 @@ def made_input(spec: str, case: str, ranks: int) -> Input:
         dim = shards(shape[at], parts)
     local = [full.narrow(at, *part[0]).clone(memory_format=torch.contiguous_format) for part in parts]
     return Input(full, Placement((*none[:at], dim, *none[at + 1 :])), local)
+
+
+def repeated_input(full: Tensor, at: int, how: str, parts: Sequence[Interval]) -> Input:
+    """A tensor whose neighbours along dim ``at`` are equal pairs, and of which ranks hold as many as ``how`` says."""
+    classes = [index // 2 for index in range(full.shape[at])]
+    held = [classes[start : start + length] for start, length in parts]
+    held = [sorted(set(classes if how == "/" else mine)) if how != "%" else mine for mine in held]
+    single = full.narrow(at, 0, max(classes) + 1)
+    local = [single.index_select(at, torch.tensor(mine)) for mine in held]
+    dims: list[Any] = [None] * full.ndim
+    dims[at] = repeated(classes, held)
+    return Input(single.index_select(at, torch.tensor(classes)), Placement(tuple(dims)), local)
 
 
 def tensors_of(result: Any) -> list[Tensor]:
@@ -174,15 +200,18 @@ def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
         return False
     if any(placement.local_shape(tuple(full.shape), rank) != tuple(mine.shape) for rank, mine in enumerate(local)):
         return False
-    for at, dim in enumerate(placement.dims):
-        if isinstance(dim, Constant):  # alike along it, in the full tensor and on each rank: one entry stands for all
-            if not all(same(tensor.narrow(at, 0, 1).expand_as(tensor), tensor) for tensor in (full, *local)):
+    dims = list(placement.dims)
+    for at, dim in enumerate(dims):
+        if isinstance(dim, (Constant, Repeated)):  # one entry of each class stands for all
+            classes, held = labels(dim, full.shape[at], len(local))
+            if not all(repeats(tensor, at, its) for tensor, its in zip((full, *local), (classes, *held))):
                 return False
-            full, local = full.narrow(at, 0, 1), [mine.narrow(at, 0, 1) for mine in local]
+            full, local = one_of_each(full, at, classes), [one_of_each(m, at, its) for m, its in zip(local, held)]
+            dims[at] = shards(full.shape[at], [[(label, 1) for label in sorted({*its})] for its in held])
     total = torch.zeros(full.numel(), dtype=torch.float64)
     for rank, mine in enumerate(local):
         part, place = full, torch.arange(full.numel()).reshape(full.shape)
-        for at, dim in enumerate(placement.dims):
+        for at, dim in enumerate(dims):
             if isinstance(dim, Shards):
                 indices = [index for start, length in dim.parts[rank] for index in range(start, start + length)]
                 part = part.index_select(at, torch.tensor(indices, dtype=torch.long))
@@ -191,6 +220,18 @@ def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
             return False
         total.index_add_(0, place.reshape(-1), mine.double().reshape(-1))
     return not placement.partial or same(total.reshape(full.shape), full)
+
+
+def one_of_each(tensor: Tensor, at: int, classes: Sequence[int]) -> Tensor:
+    """The first entry of each class along a dim, classes in order."""
+    return tensor.index_select(at, torch.tensor([classes.index(label) for label in sorted({*classes})]))
+
+
+def repeats(tensor: Tensor, at: int, classes: Sequence[int]) -> bool:
+    """Whether all entries of a class are alike."""
+    places = {label: place for place, label in enumerate(sorted({*classes}))}
+    back = torch.tensor([places[label] for label in classes])
+    return same(one_of_each(tensor, at, classes).index_select(at, back), tensor)
 
 
 def differ(full: Tensor, local: Sequence[Tensor]) -> bool:

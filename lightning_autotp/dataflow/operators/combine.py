@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Literal, Optional
 
 from lightning_autotp.dataflow.event import Unknown, Wrong
-from lightning_autotp.dataflow.placement import Constant, DimPlacement, Placement, Shape, Shards, covered, disjoint
+from lightning_autotp.dataflow.placement import (
+    Constant,
+    DimPlacement,
+    Placement,
+    Repeated,
+    Shape,
+    Shards,
+    covered,
+    disjoint,
+    labels,
+    repeated,
+)
 
 Linear = Optional[Literal["sum", "product"]]
 """In what an operator is linear: in all operands together, in each alone, or in none."""
@@ -34,6 +45,9 @@ def _met(operands: Sequence[Placed], shape: Shape, at: int) -> DimPlacement:
         mine = at - (len(shape) - len(own))
         if mine >= 0 and (own[mine] != 1 or shape[at] == 1):
             found.append(placement.dims[mine])
+    repeats = next((dim for dim in found if isinstance(dim, Repeated)), None)
+    if repeats is not None:
+        return _met_classes(found, shape, at, len(repeats.held))
     sharded = [dim for dim in found if isinstance(dim, Shards)]
     constants = [dim for dim in found if isinstance(dim, Constant)]
     for dim in sharded[1:]:
@@ -52,6 +66,32 @@ def _met(operands: Sequence[Placed], shape: Shape, at: int) -> DimPlacement:
     return first
 
 
+def _met_classes(found: Sequence[DimPlacement], shape: Shape, at: int, ranks: int) -> DimPlacement:
+    """What is computed of operands of which indices of one class are alike: a value for each combination of classes."""
+    known = [labels(dim, shape[at], ranks) for dim in found]
+    classes = list(zip(*(own for own, _ in known)))
+    held = []
+    for rank in range(ranks):
+        mine = [its[rank] for _, its in known]
+        width = max(map(len, mine))
+        if any(len(its) not in (1, width) for its in mine):
+            raise Wrong(
+                f"dim {at} of {list(shape)}: rank {rank}'s local sizes {[len(its) for its in mine]} do not fit."
+            )
+        held.append(list(zip(*(its if len(its) == width else [*its] * width for its in mine))))  # one is broadcast
+    return relabelled(classes, held, f"combines indices of dim {at} of {list(shape)}")
+
+
+def relabelled(classes: Sequence[Hashable], held: Sequence[Sequence[Hashable]], what: str) -> DimPlacement:
+    """The dim of which these are the labels; Wrong if a rank has one that the full model does not."""
+    known = set(classes)
+    for rank, its in enumerate(held):
+        for place, label in enumerate(its):
+            if label not in known:
+                raise Wrong(f"{what}, and entry {place} of rank {rank} ({label}) is none of the full model's.")
+    return repeated(classes, held)
+
+
 def _is_partial(operands: Sequence[Placed], dims: tuple[DimPlacement, ...], ndim: int, linear: Linear) -> bool:
     partials = [(shape, placement) for shape, placement in operands if placement.partial]
     if not partials:
@@ -67,6 +107,8 @@ def _is_partial(operands: Sequence[Placed], dims: tuple[DimPlacement, ...], ndim
         held = (None,) * (ndim - len(shape)) + placement.dims
         if any(isinstance(dim, Shards) and dim != mine for dim, mine in zip(dims, held)):
             raise Wrong("a partial sum meets a sharded operand: a rank lacks the other ranks' sums of its part.")
+        if any(isinstance(dim, Repeated) and dim != mine for dim, mine in zip(dims, held)):
+            raise Unknown("a partial sum meets an operand of which the ranks hold repeated entries.")
     return True
 
 
@@ -82,6 +124,8 @@ def summed(placement: Placement, over: Collection[int], keep: bool) -> Placement
         dim = placement.dims[at]
         if isinstance(dim, Constant):
             return _summed_equal(placement, at, dim, over, keep)
+        if isinstance(dim, Repeated):
+            raise Unknown(f"no rule sums over dim {at} of what is {placement}.")
     if not any(isinstance(placement.dims[at], Shards) for at in over):
         return without(placement, over, keep)
     if not placement.partial and not disjoint(placement.dims):
@@ -103,13 +147,13 @@ def check_not_mixed(placement: Placement, over: Collection[int], what: str) -> N
 
     Raises:
         Wrong: if one is sharded.
-        Unknown: if the ranks have fewer equal entries of one.
+        Unknown: if the ranks have other numbers of equal entries of one.
 
     """
     for at in sorted(over):
         if isinstance(placement.dims[at], Shards):
             raise Wrong(f"{what} over dim {at}, of which each rank holds its part only ({placement.dims[at]}).")
-        if isinstance(placement.dims[at], Constant):
+        if isinstance(placement.dims[at], (Constant, Repeated)):
             raise Unknown(f"{what} over dim {at}, of which the ranks hold {placement.dims[at]}.")
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lightning_autotp.dataflow.event import Event, Operand, Unknown
 from lightning_autotp.dataflow.operators.combine import Linear, Placed, combine
 from lightning_autotp.dataflow.operators.registry import register
-from lightning_autotp.dataflow.placement import Constant, Placement
+from lightning_autotp.dataflow.placement import Constant, Placement, Repeated
 
 
 def placed(operand: Operand) -> Placed:
@@ -111,8 +111,10 @@ def where(event: Event) -> Placement:
 def native_dropout(event: Event) -> list[Placement]:
     """Linear in its input for a given mask; the mask itself is random."""
     made = event.tensor("input").placement
-    if any(isinstance(dim, Constant) for dim in made.dims):
-        raise Unknown("dropout of fewer equal entries than the full model's: what it leaves is not equal any more.")
+    if any(isinstance(dim, (Constant, Repeated)) for dim in made.dims):
+        raise Unknown(
+            "dropout of other numbers of equal entries than the full model's: what it leaves is not equal any more."
+        )
     return [made, replace(made, partial=False, zero=False)]
 
 

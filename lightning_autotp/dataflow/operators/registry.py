@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
-from lightning_autotp.dataflow.placement import Constant, Placement, covered
+from lightning_autotp.dataflow.placement import Constant, Placement, Repeated, covered
 
 Rule = Callable[[Event], Union[Placement, list[Placement]]]
 """One placement for all outputs, or a list with one each."""
@@ -110,7 +110,7 @@ def _check_shapes(event: Event, at: int, placement: Placement) -> None:
     shape = event.outputs[at]
     if not covered(placement.dims):
         raise Wrong(f"no rank computes some elements of {list(shape)}: it would be {placement}.")
-    if any(isinstance(dim, Constant) and 0 in dim.widths for dim in placement.dims):
+    if any(isinstance(dim, (Constant, Repeated)) and 0 in dim.widths for dim in placement.dims):
         raise Unknown(f"no rule follows what a rank has no entry of: {placement}.")
     for rank, local in enumerate(event.local_outputs(at)):
         want = placement.local_shape(shape, rank)

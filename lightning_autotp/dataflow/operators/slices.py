@@ -7,9 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
-from lightning_autotp.dataflow.operators.combine import Placed, combine
+from lightning_autotp.dataflow.operators.combine import Placed, combine, relabelled
 from lightning_autotp.dataflow.operators.registry import register
-from lightning_autotp.dataflow.placement import Constant, DimPlacement, Part, Placement, Shards, constant, shards
+from lightning_autotp.dataflow.placement import (
+    Constant,
+    DimPlacement,
+    Part,
+    Placement,
+    Repeated,
+    Shards,
+    constant,
+    labels,
+    shards,
+)
 
 
 def _held(operand: Operand, dim: int, rank: int) -> list[int]:
@@ -25,6 +35,8 @@ def taken(operand: Operand, dim: int, full: range, local: Sequence[range]) -> Di
     here = operand.placement.dims[dim]
     if isinstance(here, Constant):
         return constant(len(full), [len(mine) for mine in local])
+    if isinstance(here, Repeated):
+        return _taken_classes(here, dim, full, local, operand.placement.partial)
     if here is None and all(mine == full for mine in local):
         return None
     places = {index: at for at, index in enumerate(full)}
@@ -44,6 +56,15 @@ def taken(operand: Operand, dim: int, full: range, local: Sequence[range]) -> Di
     if operand.placement.partial and kept != held:
         raise Wrong(f"ranks take different parts of dim {dim} of a partial sum: sum it over the ranks first.")
     return shards(len(full), parts)
+
+
+def _taken_classes(here: Repeated, dim: int, full: range, local: Sequence[range], partial: bool) -> DimPlacement:
+    classes = [here.classes[at] for at in full]
+    held = [[its[at] for at in mine] for its, mine in zip(here.held, local)]
+    made = relabelled(classes, held, f"takes a part of dim {dim}")
+    if partial and any(set(classes) & set(its) != set(mine) for its, mine in zip(here.held, held)):
+        raise Unknown(f"ranks take different repeated entries of dim {dim} of a partial sum.")
+    return made
 
 
 def _replaced(operand: Operand, dim: int, by: DimPlacement) -> Placement:
@@ -95,7 +116,7 @@ def slice_scatter(event: Event) -> Placement:
     rest = [_without_dim(operand, dim), _without_dim(source, dim)]
     made = combine(rest, rest[0][0], "sum")
     here = operand.placement.dims[dim]
-    if isinstance(here, Constant) or isinstance(source.placement.dims[dim], Constant):
+    if any(isinstance(held, (Constant, Repeated)) for held in (here, source.placement.dims[dim])):
         raise Unknown(f"no rule replaces a slice along dim {dim} where ranks hold fewer equal entries.")
     local = [_sliced(call.arguments, size) for call, size in zip(event.ranks, _local_sizes(event, operand, dim))]
     summed = Operand(operand.shape, replace(operand.placement, partial=made.partial), operand.dtype)
@@ -109,11 +130,10 @@ def _entry(operand: Operand, dim: int, event: Event) -> None:
     """Refuse ranks that take another entry of ``dim`` than the full model."""
     size = operand.shape[dim]
     index = event["index"] % size
+    classes, held = labels(operand.placement.dims[dim], size, len(event.ranks))
     for rank, (call, width) in enumerate(zip(event.ranks, _local_sizes(event, operand, dim))):
         own = call.arguments["index"]
-        if isinstance(operand.placement.dims[dim], Constant):
-            continue
-        if not -width <= own < width or _held(operand, dim, rank)[own] != index:
+        if not -width <= own < width or held[rank][own] != classes[index]:
             raise Wrong(f"takes entry {index} of dim {dim}, and rank {rank} takes another: {operand.placement}.")
 
 
@@ -143,6 +163,8 @@ def select_backward(event: Event) -> Placement:
 def unbind(event: Event) -> Placement:
     """All entries of a dim, a tensor each."""
     operand, dim = event.tensor("self"), event.dim()
+    if isinstance(operand.placement.dims[dim], Repeated):
+        raise Unknown(f"no rule unbinds dim {dim}, of which the ranks hold {operand.placement.dims[dim]}.")
     if isinstance(operand.placement.dims[dim], Shards):
         raise Wrong(f"unbinds dim {dim}, of which each rank holds its part only ({operand.placement.dims[dim]}).")
     return _dropped(operand.placement, dim)
@@ -172,7 +194,7 @@ def cat(event: Event) -> Placement:
     others = [_without_dim(operand, dim) for operand in operands]
     made = combine(others, others[0][0], "sum")
     here = [operand.placement.dims[dim] for operand in operands]
-    if any(isinstance(held, Constant) for held in here):
+    if any(isinstance(held, (Constant, Repeated)) for held in here):
         raise Unknown(f"concatenates dim {dim}, of which the ranks hold fewer equal entries.")
     joint: DimPlacement = None
     if any(held is not None for held in here):

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from math import prod
 from typing import Optional
 
 from lightning_autotp.dataflow.event import Event, Unknown, Wrong
 from lightning_autotp.dataflow.operators.combine import check_not_mixed
 from lightning_autotp.dataflow.operators.registry import register
-from lightning_autotp.dataflow.placement import Constant, DimPlacement, Placement, Shape, Shards, constant, shards
-from lightning_autotp.dataflow.view_dims import flattened, groups, unflattened
+from lightning_autotp.dataflow.placement import (
+    Constant,
+    DimPlacement,
+    Placement,
+    Repeated,
+    Shape,
+    Shards,
+    constant,
+    labels,
+    repeated,
+    shards,
+)
+from lightning_autotp.dataflow.view_dims import factored, flattened, groups, unflattened
+
+MOST_LABELS = 1 << 16
+"""Of how many entries with labels a view is followed: more would take seconds."""
 
 
 @register("view", "_unsafe_view", "unsqueeze", "squeeze", sizes=True)
@@ -21,19 +37,34 @@ def view(event: Event) -> Placement:
     dims: list[DimPlacement] = [None] * len(new)
     for before, after in groups(operand.shape, new):
         held = [operand.placement.dims[at] for at in before]
-        if any(isinstance(dim, Constant) for dim in held):
-            if any(dim is None and operand.shape[at] > 1 or isinstance(dim, Shards) for at, dim in zip(before, held)):
-                raise Unknown(
-                    f"merges dims of which the ranks have fewer equal entries with others: {operand.placement}."
-                )
-            for at in after:
-                dims[at] = constant(new[at], [shape[at] for shape in local])
-        elif any(dim is not None for dim in held):
-            sizes = [operand.shape[at] for at in before]
-            made = _regrouped([dim for dim in held if not isinstance(dim, Constant)], sizes, [new[at] for at in after])
-            for at, dim in zip(after, made):
-                dims[at] = dim
+        if all(dim is None for dim in held):
+            continue
+        sizes, wanted = [operand.shape[at] for at in before], [new[at] for at in after]
+        if all(isinstance(dim, Constant) or dim is None and size == 1 for dim, size in zip(held, sizes)):
+            made: Sequence[DimPlacement] = [constant(new[at], [shape[at] for shape in local]) for at in after]
+        elif any(isinstance(dim, (Constant, Repeated)) for dim in held):
+            made = _relabelled(held, sizes, wanted, [[shape[at] for at in after] for shape in local])
+        else:
+            made = _regrouped([dim for dim in held if not isinstance(dim, (Constant, Repeated))], sizes, wanted)
+        for at, dim in zip(after, made):
+            dims[at] = dim
     return replace(operand.placement, dims=tuple(dims))
+
+
+def _relabelled(
+    held: list[DimPlacement], sizes: list[int], new: list[int], local: list[list[int]]
+) -> Sequence[DimPlacement]:
+    """One group of dims, of which some have repeated entries, as dims of sizes ``new``."""
+    if new == sizes:
+        return held
+    if prod(sizes) > MOST_LABELS:
+        raise Unknown(f"no rule follows a view of dims {sizes} as {new} with so many repeated entries.")
+    known = [labels(dim, size, len(local)) for dim, size in zip(held, sizes)]
+    mine = [list(product(*(entries[rank] for _, entries in known))) for rank in range(len(local))]
+    made = factored(list(product(*(classes for classes, _ in known))), new, mine, local)
+    if made is None:
+        raise Unknown(f"no rule follows a view of dims {sizes} as {new} of what ranks repeat: {known}.")
+    return made
 
 
 def _regrouped(held: Sequence[Optional[Shards]], sizes: Shape | list[int], new: list[int]) -> list[Optional[Shards]]:
@@ -98,16 +129,27 @@ def expand(event: Event) -> Placement:
     return replace(operand.placement, dims=tuple(dims))
 
 
-@register("repeat")
+@register("repeat", sizes=True)
 def repeat(event: Event) -> Placement:
-    """Copies one behind the other, along dims that are not sharded."""
-    operand = event.tensor("self")
-    more = len(event["repeats"]) - len(operand.shape)
-    often = {at - more for at, times in enumerate(event["repeats"]) if times != 1 and at >= more}
-    if any(isinstance(operand.placement.dims[at], Shards) for at in often):
-        raise Unknown(f"repeats a sharded dim: {operand.placement}.")
-    check_not_mixed(operand.placement, often, "repeats")
-    return replace(operand.placement, dims=(None,) * more + operand.placement.dims)
+    """Copies one behind the other; ranks may make as many as they like of equal entries."""
+    operand, new, local = event.tensor("self"), event.outputs[0], event.local_outputs(0)
+    more = len(new) - len(operand.shape)
+    dims: list[DimPlacement] = []
+    for at, size in enumerate(new):
+        before = operand.shape[at - more] if at >= more else 1
+        here = operand.placement.dims[at - more] if at >= more else None
+        times = [call.arguments["repeats"][at] for call in event.ranks]
+        if before == 1 and here is None or isinstance(here, Constant):
+            dims.append(constant(size, [shape[at] for shape in local]))
+        elif all(often == 1 for often in (*times, event["repeats"][at])):
+            dims.append(here)
+        elif size > MOST_LABELS:
+            raise Unknown(f"no rule repeats {size} entries that are not alike.")
+        else:
+            classes, held = labels(here, before, len(local))
+            copies = [[*its] * often for its, often in zip(held, times)]
+            dims.append(repeated([*classes] * event["repeats"][at], copies))
+    return replace(operand.placement, dims=tuple(dims))
 
 
 @register("flip", "roll")
