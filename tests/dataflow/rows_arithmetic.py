@@ -32,10 +32,6 @@ ARITHMETIC = (
     *(Row(operator, "th", right="., t, h, t*, h=", wrong="+") for operator in UNARY),
     *(Row(operator, "p:th", right="t, h", wrong="+") for operator in POSITIVE),
     *(
-        Row(op, "th", right="t, h", conservative="+")
-        for op in (aten.isnan.default, aten.isinf.default, aten.isfinite.default)
-    ),
-    *(
         Row(operator, "th th", right="t t, h h, h h=", wrong="t ., h ., t h, . h=, + .")
         for operator in COMPARED
         if operator not in (aten.eq.Tensor, aten.ne.Tensor)

@@ -14,9 +14,10 @@ from lightning_autotp.dataflow.operators.registry import TABLE, is_random, propa
 from lightning_autotp.dataflow.placement import Placement
 from tests.dataflow.rows_arithmetic import ARITHMETIC
 from tests.dataflow.rows_moves import MOVES
+from tests.dataflow.rows_pointwise import POINTWISE
 from tests.helpers.operator_rows import Row, Run, differ, holds, run, some_cases
 
-ROWS = (*ARITHMETIC, *MOVES)
+ROWS = (*ARITHMETIC, *POINTWISE, *MOVES)
 COUNT = f"{len(ROWS)} rows of {len(TABLE)} operators"
 SENTENCE = r"\w[^\n]*\.$"
 NAMES = [f"{at}-{row.name}" for at, row in enumerate(ROWS)]
@@ -87,15 +88,21 @@ def test_random_operators_are_marked() -> None:
 
 
 def test_an_operator_without_a_rule_is_known_only_where_all_is_replicated() -> None:
-    row, made_of_sizes = Row(torch.ops.aten.erfinv.default, "th"), Row(torch.ops.aten.eye.default, "t", arguments=sizes)
+    row, made_of_sizes = Row(torch.ops.aten.i0.default, "th"), Row(torch.ops.aten.eye.default, "t", arguments=sizes)
     assert not TABLE.keys() & {row.name, made_of_sizes.name}
     assert [placement.is_replicated for placement in propagate(run(row, ".", ranks=2).event)] == [True]
-    with pytest.raises(
-        Unknown, match=r"no rule says what erfinv makes of \[7, 8\] sharded along dim 1 \(0:4 \| 4:8\)."
-    ):
+    with pytest.raises(Unknown, match=r"no rule says what i0 makes of \[7, 8\] sharded along dim 1 \(0:4 \| 4:8\)."):
         propagate(run(row, "h", ranks=2).event)
     with pytest.raises(Unknown, match="rank 0 computes eye with 4 where the full model has 7."):
         propagate(run(made_of_sizes, "t", ranks=2).event)
+
+
+def test_what_is_written_in_place_stays_placed_as_it_was_unless_nothing_shares_its_memory() -> None:
+    row = Row(torch.ops.aten.copy_.default, "th th")
+    found = run(row, "0 +", ranks=2)
+    with pytest.raises(Unknown, match="copy_ writes what is partial into a tensor that is replicated."):
+        propagate(found.event)
+    assert propagate(found.event, alone=True) == [Placement((None, None), partial=True)]
 
 
 def sizes(x: Tensor) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
 """Rows of the operator table, and the truth about them: the operator run on full tensors and on each rank's.
 
 Inputs are written in letters, a letter a dim: ``"bth hk"``; ``8:bt`` are indices below 8, ``p:th`` positive numbers,
-``?:th`` a mask. Cases say what the ranks hold, one word an input: ``.`` replicated, ``t`` sharded along t, ``t*``
+``u:th`` numbers between 0 and 1, ``c:th`` complex ones, ``?:th`` a mask.
+
+Cases say what the ranks hold, one word an input: ``.`` replicated, ``t`` sharded along t, ``t*``
 sharded with overlap, ``t=`` equal along t and as many as a shard has, ``t~`` one of them, ``+`` partial, ``0`` zeros;
 ``t%`` pairs of equal neighbours, of which a rank has those of its shard, ``t^`` one of each of these, ``t/`` one of
 each pair.
@@ -43,6 +45,7 @@ SIZES = {
     "d": (4, 1),
     "q": (20, 4),
     "o": (1, 1),
+    "z": (2, 1),
 }
 """The size of each letter's dim, and the unit that a shard of it holds a whole number of."""
 
@@ -96,7 +99,7 @@ def some_cases(row: Row, count: int) -> list[str]:
     for spec in row.inputs.split():
         kind, _, letters = spec.rpartition(":")
         dims = [letter + how for letter in letters if SIZES[letter][0] > 1 for how in ("", "*", "=", "%")]
-        ways.append([".", *dims, *([] if kind else ["+", "0"])])
+        ways.append([".", *dims, *([] if kind not in ("", "c") else ["+", "0"])])
     every = [" ".join(words) for words in product(*ways)]
     return Random(0).sample(every, min(count, len(every)))
 
@@ -120,7 +123,8 @@ def made_input(spec: str, case: str, ranks: int) -> Input:
         full = torch.randint(int(kind), shape)
     else:
         full = torch.randn(shape, dtype=torch.float64)
-        full = full.abs() + 0.5 if kind == "p" else full
+        full = full.abs() + 0.5 if kind == "p" else full.sigmoid() if kind == "u" else full
+        full = torch.complex(full, full.roll(1)) if kind == "c" else full
     none = (None,) * len(shape)
     if case == ".":
         return Input(full, Placement(none), [full.clone() for _ in range(ranks)])
@@ -151,7 +155,7 @@ def repeated_input(full: Tensor, at: int, how: str, parts: Sequence[Interval]) -
     held = [classes[start : start + length] for start, length in parts]
     held = [sorted(set(classes if how == "/" else mine)) if how != "%" else mine for mine in held]
     single = full.narrow(at, 0, max(classes) + 1)
-    local = [single.index_select(at, torch.tensor(mine)) for mine in held]
+    local = [single.index_select(at, torch.tensor(mine, dtype=torch.long)) for mine in held]
     dims: list[Any] = [None] * full.ndim
     dims[at] = repeated(classes, held)
     return Input(single.index_select(at, torch.tensor(classes)), Placement(tuple(dims)), local)
@@ -191,7 +195,12 @@ def run(row: Row, case: str, ranks: int) -> Run:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree to rounding."""
-    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-9, atol=1e-9, equal_nan=True)
+    return a.shape == b.shape and torch.allclose(wide(a), wide(b), rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The numbers in fp64."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
@@ -208,7 +217,7 @@ def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
                 return False
             full, local = one_of_each(full, at, classes), [one_of_each(m, at, its) for m, its in zip(local, held)]
             dims[at] = shards(full.shape[at], [[(label, 1) for label in sorted({*its})] for its in held])
-    total = torch.zeros(full.numel(), dtype=torch.float64)
+    total = torch.zeros(full.numel(), dtype=wide(full).dtype)
     for rank, mine in enumerate(local):
         part, place = full, torch.arange(full.numel()).reshape(full.shape)
         for at, dim in enumerate(dims):
@@ -218,19 +227,21 @@ def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
                 place = place.index_select(at, torch.tensor(indices, dtype=torch.long))
         if not placement.partial and not same(part, mine):
             return False
-        total.index_add_(0, place.reshape(-1), mine.double().reshape(-1))
+        total.index_add_(0, place.reshape(-1), wide(mine).reshape(-1))
     return not placement.partial or same(total.reshape(full.shape), full)
 
 
 def one_of_each(tensor: Tensor, at: int, classes: Sequence[int]) -> Tensor:
     """The first entry of each class along a dim, classes in order."""
-    return tensor.index_select(at, torch.tensor([classes.index(label) for label in sorted({*classes})]))
+    return tensor.index_select(
+        at, torch.tensor([classes.index(label) for label in sorted({*classes})], dtype=torch.long)
+    )
 
 
 def repeats(tensor: Tensor, at: int, classes: Sequence[int]) -> bool:
     """Whether all entries of a class are alike."""
     places = {label: place for place, label in enumerate(sorted({*classes}))}
-    back = torch.tensor([places[label] for label in classes])
+    back = torch.tensor([places[label] for label in classes], dtype=torch.long)
     return same(one_of_each(tensor, at, classes).index_select(at, back), tensor)
 
 
@@ -238,7 +249,7 @@ def differ(full: Tensor, local: Sequence[Tensor]) -> bool:
     """Whether the ranks' results are the full one in no usual placement: replicated, partial, sharded along a dim."""
     if all(same(mine, full) for mine in local):
         return False
-    if all(mine.shape == full.shape for mine in local) and same(sum(mine.double() for mine in local), full.double()):  # type: ignore[arg-type]
+    if all(mine.shape == full.shape for mine in local) and same(sum(map(wide, local)), wide(full)):  # type: ignore[arg-type]
         return False
     for dim in range(full.ndim):
         rest = [(*mine.shape[:dim], *mine.shape[dim + 1 :]) for mine in local]

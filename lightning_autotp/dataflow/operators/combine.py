@@ -93,8 +93,8 @@ def relabelled(classes: Sequence[Hashable], held: Sequence[Sequence[Hashable]], 
 
 
 def _is_partial(operands: Sequence[Placed], dims: tuple[DimPlacement, ...], ndim: int, linear: Linear) -> bool:
-    partials = [(shape, placement) for shape, placement in operands if placement.partial]
-    if not partials:
+    partials = [(shape, placement) for shape, placement in operands if placement.partial and not placement.zero]
+    if not partials or linear == "product" and any(placement.zero for _, placement in operands):
         return False
     others = [placement for _, placement in operands if not placement.partial and not placement.zero]
     if linear is None:
@@ -122,6 +122,8 @@ def summed(placement: Placement, over: Collection[int], keep: bool) -> Placement
     """The placement of a sum over the dims ``over``: of a sharded dim each rank sums its part, a partial sum."""
     for at in sorted(over):
         dim = placement.dims[at]
+        if placement.zero:
+            return replace(without(placement, over, keep), partial=False)
         if isinstance(dim, Constant):
             return _summed_equal(placement, at, dim, over, keep)
         if isinstance(dim, Repeated):

@@ -54,8 +54,13 @@ def register(*names: str, sizes: bool = False, always: bool = False) -> Callable
     return add
 
 
-def propagate(event: Event) -> list[Placement]:
+def propagate(event: Event, *, alone: bool = False) -> list[Placement]:
     """What the ranks hold of an event's outputs, one placement an output.
+
+    Args:
+        event: the call of the operator.
+        alone: whether nothing else shares the memory of what the operator writes, if it writes in place: then what is
+            written may be placed in another way than before.
 
     Raises:
         Wrong: if the ranks' results are not the full model's in any placement.
@@ -76,7 +81,7 @@ def propagate(event: Event) -> list[Placement]:
         made = result if isinstance(result, list) else [result] * len(event.outputs)
     for at, placement in enumerate(made):
         _check_shapes(event, at, placement)
-    if in_place:
+    if in_place and not alone:
         _check_written(event, made[0])
     return made
 
@@ -123,5 +128,5 @@ def _check_shapes(event: Event, at: int, placement: Placement) -> None:
 def _check_written(event: Event, made: Placement) -> None:
     """What shares memory with the written tensor stays what it was only if its placement does."""
     written: Operand = event.tensor("self")
-    if replace(made, zero=False) != replace(written.placement, zero=False) or written.placement.zero:
+    if replace(made, zero=False) != replace(written.placement, zero=False) or written.placement.zero and not made.zero:
         raise Unknown(f"{event.name}_ writes what is {made} into a tensor that is {written.placement}.")
