@@ -13,11 +13,12 @@ from lightning_autotp.dataflow.operators import registry
 from lightning_autotp.dataflow.operators.registry import TABLE, is_random, propagate
 from lightning_autotp.dataflow.placement import Placement
 from tests.dataflow.rows_arithmetic import ARITHMETIC
+from tests.dataflow.rows_convolutions import CONVOLUTIONS
 from tests.dataflow.rows_moves import MOVES
 from tests.dataflow.rows_pointwise import POINTWISE
 from tests.helpers.operator_rows import Row, Run, differ, holds, run, some_cases
 
-ROWS = (*ARITHMETIC, *POINTWISE, *MOVES)
+ROWS = (*ARITHMETIC, *POINTWISE, *MOVES, *CONVOLUTIONS)
 COUNT = f"{len(ROWS)} rows of {len(TABLE)} operators"
 SENTENCE = r"\w[^\n]*\.$"
 NAMES = [f"{at}-{row.name}" for at, row in enumerate(ROWS)]

@@ -46,6 +46,7 @@ SIZES = {
     "q": (20, 4),
     "o": (1, 1),
     "z": (2, 1),
+    "r": (3, 1),
 }
 """The size of each letter's dim, and the unit that a shard of it holds a whole number of."""
 

@@ -1,6 +1,7 @@
 """The table of operators: importing it registers the rules of all kinds."""
 
 from lightning_autotp.dataflow.operators import (
+    convolutions,
     factories,
     indexing,
     matmul,
@@ -10,4 +11,4 @@ from lightning_autotp.dataflow.operators import (
     views,
 )
 
-__all__ = ["factories", "indexing", "matmul", "pointwise", "reductions", "slices", "views"]
+__all__ = ["convolutions", "factories", "indexing", "matmul", "pointwise", "reductions", "slices", "views"]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Optional
 
 from lightning_autotp.dataflow.event import Event, Unknown, Wrong
 from lightning_autotp.dataflow.operators.combine import check_not_mixed
@@ -16,8 +15,6 @@ from lightning_autotp.dataflow.placement import (
     DimPlacement,
     Placement,
     Repeated,
-    Shape,
-    Shards,
     constant,
     labels,
     repeated,
@@ -45,7 +42,7 @@ def view(event: Event) -> Placement:
         elif any(isinstance(dim, (Constant, Repeated)) for dim in held):
             made = _relabelled(held, sizes, wanted, [[shape[at] for at in after] for shape in local])
         else:
-            made = _regrouped([dim for dim in held if not isinstance(dim, (Constant, Repeated))], sizes, wanted)
+            made = regrouped(held, sizes, wanted)
         for at, dim in zip(after, made):
             dims[at] = dim
     return replace(operand.placement, dims=tuple(dims))
@@ -67,9 +64,14 @@ def _relabelled(
     return made
 
 
-def _regrouped(held: Sequence[Optional[Shards]], sizes: Shape | list[int], new: list[int]) -> list[Optional[Shards]]:
-    """One group of dims of ``sizes`` as dims of sizes ``new``."""
-    ranks = len(next(dim for dim in held if dim is not None).parts)
+def regrouped(dims: Sequence[DimPlacement], sizes: list[int], new: list[int]) -> list[DimPlacement]:
+    """One group of dims of ``sizes``, without repeated entries, as dims of sizes ``new``."""
+    held = [dim for dim in dims if not isinstance(dim, (Constant, Repeated))]
+    if len(held) < len(dims):
+        raise Unknown(f"no rule regroups dims {sizes} as {new} of what ranks repeat.")
+    ranks = next((len(dim.parts) for dim in held if dim is not None), 0)
+    if not ranks:
+        return [None] * len(new)
     blocks = []
     for rank in range(ranks):
         parts = [((0, size),) if dim is None else dim.parts[rank] for dim, size in zip(held, sizes)]
