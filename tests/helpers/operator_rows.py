@@ -69,6 +69,8 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     values: bool = True
     """Whether values are compared, not only shapes (not of uninitialized tensors)."""
+    computed: Optional[Callable[..., Any]] = None
+    """What computes it, where the operator itself does not run on a CPU."""
 
     @property
     def name(self) -> str:
@@ -177,15 +179,16 @@ def run(row: Row, case: str, ranks: int) -> Run:
         arguments = bound(row.operator, row.arguments(*tensors), row.options)
         return tree_map(lambda leaf: known[id(leaf)] if isinstance(leaf, Tensor) else leaf, arguments)
 
+    compute = row.computed or row.operator
     fulls = [i.full for i in inputs]
     arguments = given(fulls, operands)
-    full = tensors_of(row.operator(*row.arguments(*(t.clone() for t in fulls)), **row.options))
+    full = tensors_of(compute(*row.arguments(*(t.clone() for t in fulls)), **row.options))
     calls, local = [], []
     for rank in range(ranks):
         mine = [i.local[rank] for i in inputs]
         its = given(mine, {id(m): operands[id(i.full)] for m, i in zip(mine, inputs)})
         try:
-            made = tensors_of(row.operator(*row.arguments(*(t.clone() for t in mine)), **row.options))
+            made = tensors_of(compute(*row.arguments(*(t.clone() for t in mine)), **row.options))
         except (RuntimeError, IndexError, ValueError):
             made = None
         calls.append(RankCall(its, None if made is None else tuple(tuple(t.shape) for t in made)))

@@ -1,14 +1,29 @@
 """The table of operators: importing it registers the rules of all kinds."""
 
 from lightning_autotp.dataflow.operators import (
+    attention,
     convolutions,
     factories,
     indexing,
+    losses,
     matmul,
+    norms,
     pointwise,
     reductions,
     slices,
     views,
 )
 
-__all__ = ["convolutions", "factories", "indexing", "matmul", "pointwise", "reductions", "slices", "views"]
+__all__ = [
+    "attention",
+    "convolutions",
+    "factories",
+    "indexing",
+    "losses",
+    "matmul",
+    "norms",
+    "pointwise",
+    "reductions",
+    "slices",
+    "views",
+]

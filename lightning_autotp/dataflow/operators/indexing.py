@@ -10,7 +10,7 @@ import torch
 from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
 from lightning_autotp.dataflow.operators.combine import Placed, check_not_mixed, check_not_partial, combine, summed
 from lightning_autotp.dataflow.operators.registry import register
-from lightning_autotp.dataflow.placement import DimPlacement, Placement, covered
+from lightning_autotp.dataflow.placement import DimPlacement, Placement, Shape, covered
 
 
 def _check_full(operand: Operand, dim: int, what: str) -> None:
@@ -110,7 +110,7 @@ def index_put(event: Event) -> Placement:
     if not chosen.is_replicated:
         raise Unknown(f"writes where indices say that are {chosen}.")
     if shape == (-1,):
-        raise Unknown("writing by a mask has no rule.")
+        shape = _written_by_mask(operand, used, start, values)
     rest = [
         (size, held) for dim, (size, held) in enumerate(zip(operand.shape, operand.placement.dims)) if dim not in used
     ]
@@ -123,6 +123,13 @@ def index_put(event: Event) -> Placement:
     for dim in used:
         kept.insert(dim, None)
     return Placement(tuple(kept), made.partial)
+
+
+def _written_by_mask(operand: Operand, used: Sequence[int], start: int, values: Operand) -> Shape:
+    """How many entries a mask chooses: as many as there are values."""
+    if len(values.shape) != len(operand.shape) - len(used) + 1:
+        raise Unknown("writing by a mask what is broadcast has no rule.")
+    return values.shape[start : start + 1]
 
 
 @register("gather")
@@ -180,33 +187,3 @@ def index_add(event: Event) -> Placement:
     each = combine([(values.shape, values.placement), (lines, Placement(where))], values.shape, "product")
     total = summed(each, {dim}, True)
     return combine([(operand.shape, operand.placement), (operand.shape, total)], operand.shape, "sum")
-
-
-@register("nll_loss_forward")
-def nll_loss(event: Event) -> list[Placement]:
-    """The loss of log-probabilities [tokens, classes]: none, mean (1) or sum (2) over the tokens."""
-    operand, target = event.tensor("self"), event.tensor("target")
-    _check_full(operand, 1, "takes the loss")
-    check_not_partial(target.placement, "takes the loss of targets")
-    shape = operand.shape[:1]
-    rows = shape, replace(operand.placement, dims=operand.placement.dims[:1])
-    tokens = combine([rows, _choice(target)], shape, "product")
-    count = summed(replace(tokens, partial=False), {0}, False)
-    if event["reduction"] == 0:
-        return [tokens, Placement(())]
-    if event["reduction"] == 1:
-        check_not_mixed(tokens, {0}, "takes the mean of the tokens' losses")
-    return [summed(tokens, {0}, False), count]
-
-
-@register("nll_loss_backward")
-def nll_loss_backward(event: Event) -> Placement:
-    """The gradient of the log-probabilities; linear in the loss's gradient."""
-    operand, target, grad = event.tensor("self"), event.tensor("target"), event.tensor("grad_output")
-    _check_full(operand, 1, "takes the loss's gradient")
-    check_not_partial(target.placement, "takes the loss of targets")
-    check_not_partial(event.tensor("total_weight").placement, "divides by the number of tokens")
-    shape = operand.shape[:1]
-    rows = shape, replace(operand.placement, dims=operand.placement.dims[:1], partial=False, zero=False)
-    tokens = combine([rows, _choice(target), (grad.shape, grad.placement)], shape, "product")
-    return replace(tokens, dims=(*tokens.dims, None))

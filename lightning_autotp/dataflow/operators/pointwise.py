@@ -92,13 +92,13 @@ def mul(event: Event) -> Placement:
 @register("div")
 def div(event: Event) -> Placement:
     """Linear in what is divided, unless it is rounded."""
-    return _linear_in(event, "self") if event.arguments.get("rounding_mode") is None else together(event, None)
+    return linear_in(event, "self") if event.arguments.get("rounding_mode") is None else together(event, None)
 
 
 @register("polar", "xlogy")
 def scaled(event: Event) -> Placement:
     """A function of the second operand times the first."""
-    return _linear_in(event, "abs" if event.name == "polar" else "self")
+    return linear_in(event, "abs" if event.name == "polar" else "self")
 
 
 @register("lerp")
@@ -145,19 +145,21 @@ def view_as_real(event: Event) -> Placement:
 )
 def activation_backward(event: Event) -> Placement:
     """Linear in the gradient."""
-    return _linear_in(event, "grad_out" if "grad_out" in event.arguments else "grad_output")
+    return linear_in(event, "grad_out" if "grad_out" in event.arguments else "grad_output")
 
 
-def _linear_in(event: Event, argument: str) -> Placement:
+def linear_in(event: Event, argument: str) -> Placement:
+    """The placement of what all tensors make element by element, linear in one of them alone."""
     shape = event.outputs[0]
     others = [
         o
         for name, o in event.arguments.items()
         if name != argument and isinstance(o, Operand) and (name != "buffer" or o.shape == shape)
     ]
-    linear: Linear = None if any(o.placement.partial for o in others) else "product"
+    is_zero = event.tensor(argument).placement.zero
+    linear: Linear = "product" if is_zero or not any(o.placement.partial for o in others) else None
     made = combine([placed(event.tensor(argument)), *map(placed, others)], shape, linear)
-    return replace(made, zero=event.tensor(argument).placement.zero)
+    return replace(made, zero=is_zero)
 
 
 @register("masked_fill")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_autotp.dataflow.event import Event, Operand, Unknown
+from lightning_autotp.dataflow.event import Event
 from lightning_autotp.dataflow.operators.combine import check_not_mixed, check_not_partial, combine, summed, without
 from lightning_autotp.dataflow.operators.registry import register
 from lightning_autotp.dataflow.placement import Constant, Placement
@@ -36,7 +36,18 @@ def _equal(placement: Placement) -> set[int]:
     return {at for at, dim in enumerate(placement.dims) if isinstance(dim, Constant)}
 
 
-@register("amax", "amin", "max", "min", "any", "all", "argmax", "var", "prod", "logsumexp", "linalg_vector_norm")
+@register("count_nonzero")
+def count_nonzero(event: Event) -> Placement:
+    """A count of a sharded dim is a partial sum."""
+    placement = event.tensor("self").placement
+    check_not_partial(placement, "count_nonzero is no linear function")
+    return replace(summed(replace(placement, zero=False), _over(event), False), zero=placement.zero)
+
+
+@register(
+    *("amax", "amin", "aminmax", "max", "min", "any", "all", "argmax", "argmin", "median", "mode", "kthvalue"),
+    *("var", "std", "var_mean", "std_mean", "prod", "logsumexp", "linalg_vector_norm"),
+)
 def reduction(event: Event) -> list[Placement]:
     """Reductions that are linear in nothing."""
     operand, over = event.tensor("self"), _over(event)
@@ -54,7 +65,10 @@ def cumsum(event: Event) -> Placement:
     return placement
 
 
-@register("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk")
+@register(
+    *("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk", "argsort"),
+    *("cummax", "cummin", "cumprod", "logcumsumexp"),
+)
 def along(event: Event) -> list[Placement]:
     """Operators that mix along one dim and are linear in nothing."""
     placement = event.tensor("self").placement
@@ -80,35 +94,3 @@ def triangle(event: Event) -> Placement:
     last = len(placement.dims)
     check_not_mixed(placement, {last - 1, last - 2}, f"takes {event.name}")
     return placement
-
-
-@register("native_layer_norm", "_fused_rms_norm")
-def layer_norm(event: Event) -> list[Placement]:
-    """Norms over the last dims, with statistics of size 1 there."""
-    operand = event.tensor("input")
-    features = _features(event, operand)
-    check_not_partial(operand.placement, "a norm is no linear function")
-    check_not_mixed(operand.placement, features, "takes a norm")
-    weights = [event[name] for name in ("weight", "bias") if isinstance(event.arguments.get(name), Operand)]
-    if any(weight.placement.partial for weight in weights):
-        raise Unknown("a norm with a weight or bias that is a partial sum has no rule.")
-    made = combine([(o.shape, o.placement) for o in (operand, *weights)], operand.shape)
-    return [made, *([without(made, features, True)] * (len(event.outputs) - 1))]
-
-
-@register("native_layer_norm_backward")
-def layer_norm_backward(event: Event) -> list[Placement]:
-    """Linear in the gradient; the weights' gradients are sums over all but the last dims."""
-    grad, operand = event.tensor("grad_out"), event.tensor("input")
-    features = _features(event, operand)
-    check_not_partial(operand.placement, "a norm's gradient")
-    made = combine([(o.shape, o.placement) for o in (grad, operand)], operand.shape, "product")
-    check_not_mixed(made, features, "takes the gradient of a norm")
-    made = replace(made, zero=grad.placement.zero)
-    weights = summed(made, set(range(len(made.dims))) - features, False)
-    return [made, *([weights] * (len(event.outputs) - 1))]
-
-
-def _features(event: Event, operand: Operand) -> set[int]:
-    ndim = len(operand.shape)
-    return set(range(ndim - len(event["normalized_shape"]), ndim))
