@@ -22,11 +22,17 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that an operator gets: the full one's shape, its dtype, and what each rank holds of it."""
+    """A tensor that an operator gets: the full one's shape, its dtype, and what each rank holds of it.
+
+    ``strides`` and ``offset`` are those of the full tensor's memory, or in a :class:`RankCall` of the rank's own; only
+    as_strided asks for them, and does not know what it makes without.
+    """
 
     shape: Shape
     placement: Placement
     dtype: torch.dtype
+    strides: Optional[Shape] = None
+    offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from lightning_autotp.dataflow.operators.registry import TABLE, is_random, propa
 from lightning_autotp.dataflow.placement import Placement
 from tests.dataflow.rows_arithmetic import ARITHMETIC
 from tests.dataflow.rows_convolutions import CONVOLUTIONS
+from tests.dataflow.rows_groups import GROUPS
 from tests.dataflow.rows_mixing import MIXING
 from tests.dataflow.rows_moves import MOVES
 from tests.dataflow.rows_norms import NORMS
 from tests.dataflow.rows_pointwise import POINTWISE
 from tests.helpers.operator_rows import Row, Run, differ, holds, run, some_cases
 
-ROWS = (*ARITHMETIC, *POINTWISE, *MOVES, *CONVOLUTIONS, *MIXING, *NORMS)
+ROWS = (*ARITHMETIC, *POINTWISE, *MOVES, *CONVOLUTIONS, *MIXING, *GROUPS, *NORMS)
 COUNT = f"{len(ROWS)} rows of {len(TABLE)} operators"
 SENTENCE = r"\w[^\n]*\.$"
 NAMES = [f"{at}-{row.name}" for at, row in enumerate(ROWS)]

@@ -12,6 +12,7 @@ from lightning_autotp.dataflow.operators import (
     pointwise,
     reductions,
     slices,
+    strides,
     views,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "pointwise",
     "reductions",
     "slices",
+    "strides",
     "views",
 ]

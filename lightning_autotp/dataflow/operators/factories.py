@@ -23,7 +23,7 @@ def zeros(event: Event) -> Placement:
     return _equal_entries(event, zero=True)
 
 
-@register("empty", "new_empty", "empty_like", sizes=True)
+@register("empty", "new_empty", "new_empty_strided", "empty_like", sizes=True)
 def empty(event: Event) -> Placement:
     """Nothing that may be read before it is written: as good as zeros."""
     return _equal_entries(event, zero=True)

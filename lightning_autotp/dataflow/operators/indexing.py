@@ -87,7 +87,7 @@ def _indexed(event: Event, operand: Operand) -> tuple[list[int], int, Placed]:
     return used, used[0] if together else 0, (shape, placement)
 
 
-@register("index")
+@register("index", "_unsafe_index")
 def index(event: Event) -> Placement:
     """Chooses by index tensors or a mask; linear in what it chooses from."""
     operand = event.tensor("self")
@@ -100,7 +100,7 @@ def index(event: Event) -> Placement:
     return _checked([*rest[:start], *chosen.dims, *rest[start:]], operand.placement.partial)
 
 
-@register("index_put")
+@register("index_put", "_unsafe_index_put", "_index_put_impl")
 def index_put(event: Event) -> Placement:
     """Writes or adds values where indices say: values must be placed as what they go into."""
     operand, values = event.tensor("self"), event.tensor("values")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_autotp.dataflow.event import Event, Operand
+from lightning_autotp.dataflow.event import Event, Operand, Unknown
 from lightning_autotp.dataflow.operators.combine import Placed, combine, summed
 from lightning_autotp.dataflow.operators.registry import register
 from lightning_autotp.dataflow.placement import Placement
@@ -43,3 +43,34 @@ def product_and_sum(event: Event) -> Placement:
     made = einsum(LETTERS["mm" if event.name == "addmm" else "bmm"], first, second)
     shape = event.outputs[0]
     return combine([(shape, made), (bias.shape, bias.placement)], shape, "sum")
+
+
+@register("_grouped_mm", "grouped_mm_fallback")
+def grouped_product(event: Event) -> Placement:
+    """Products of groups of rows with a matrix each, or of groups of what is summed."""
+    first, second, *others = event.operands
+    for other in others:
+        if not other.placement.is_replicated:
+            raise Unknown(f"{event.name} with groups or a bias that are {other.placement} has no rule.")
+    if len(others) > 1:
+        raise Unknown(f"{event.name} with a bias has no rule.")
+    ndims = len(first.shape), len(second.shape)
+    if ndims == (3, 3):
+        return einsum(LETTERS["bmm"], first, second)
+    grouped = {(2, 3): (0, 0), (3, 2): (0, 1), (2, 2): (1, 0)}[ndims]  # rows in groups, or the groups themselves
+    for operand, at in zip((first, second), grouped):
+        if operand.placement.dims[at] is not None:
+            raise Unknown(f"{event.name} of groups that are {operand.placement} has no rule: ranks have their own.")
+    one = _without_groups(first), _without_groups(second)
+    if ndims == (2, 2):
+        made = einsum("ik,kj->ij", *one)
+        return replace(made, dims=(None, *made.dims))
+    return einsum("ik,kj->ij", *one)
+
+
+def _without_groups(operand: Operand) -> Operand:
+    if len(operand.shape) == 2:
+        return operand
+    return replace(
+        operand, shape=operand.shape[1:], placement=replace(operand.placement, dims=operand.placement.dims[1:])
+    )

@@ -129,7 +129,7 @@ def _but_channels(placement: Placement) -> Collection[int]:
     return {0, *range(2, len(placement.dims))}
 
 
-@register("native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update")
+@register("native_batch_norm", "_native_batch_norm_legit")
 def batch_norm(event: Event) -> list[Placement]:
     """A norm of each channel over rows and places, or one with known statistics."""
     operand = event.tensor("input")

@@ -170,7 +170,7 @@ def unbind(event: Event) -> Placement:
     return _dropped(operand.placement, dim)
 
 
-@register("split", "split_with_sizes", sizes=True)
+@register("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", sizes=True)
 def split(event: Event) -> list[Placement]:
     """A dim in pieces; of each piece every rank takes what it holds of it."""
     operand, dim = event.tensor("self"), event.dim()
