@@ -76,11 +76,38 @@ class Repeated:
         return " | ".join(", ".join(_counted(self.classes.index(at) for at in mine)) or "none" for mine in self.held)
 
 
-DimPlacement = Optional[Union[Shards, Constant, Repeated]]
+@dataclass(frozen=True)
+class Sparse:
+    """A dim that is zero but at some indices: the gradient of slices, before those of the other slices are added.
+
+    ``held[r]`` are the indices of rank r's entries in local order; -1 stands for one that is zero. The full tensor is
+    zero at every index that no rank names.
+    """
+
+    size: int
+    held: tuple[tuple[int, ...], ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Each rank's local size."""
+        return tuple(len(mine) for mine in self.held)
+
+    @property
+    def named(self) -> frozenset[int]:
+        """The indices that are not zero."""
+        return frozenset(at for mine in self.held for at in mine if at >= 0)
+
+    def __str__(self) -> str:
+        """Each rank's intervals, without what is zero."""
+        own = (joined((at, 1) for at in mine if at >= 0) for mine in self.held)
+        return " | ".join(",".join(f"{start}:{start + length}" for start, length in part) or "zeros" for part in own)
+
+
+DimPlacement = Optional[Union[Shards, Constant, Repeated, Sparse]]
 """None: every rank holds all indices in order."""
 
 
-_WORDS = {Shards: "sharded", Constant: "constant", Repeated: "repeated"}
+_WORDS = {Shards: "sharded", Constant: "constant", Repeated: "repeated", Sparse: "sharded and else zero"}
 
 
 @dataclass(frozen=True)
@@ -153,6 +180,8 @@ def labels(dim: DimPlacement, size: int, ranks: int) -> tuple[Sequence[int], lis
     """A label for each index of a dim, alike where the value is, and the labels of each rank's entries in order."""
     if isinstance(dim, Repeated):
         return dim.classes, list(dim.held)
+    if isinstance(dim, Sparse):
+        return range(size), list(dim.held)
     if isinstance(dim, Constant):
         return [0] * size, [[0] * width for width in dim.widths]
     if isinstance(dim, Shards):
@@ -172,6 +201,13 @@ def repeated(classes: Sequence[Hashable], held: Sequence[Sequence[Hashable]]) ->
     return constant(len(own), [len(its) for its in mine]) if len(numbers) == 1 else Repeated(own, mine)
 
 
+def sparse(size: int, held: Sequence[Sequence[int]]) -> DimPlacement:
+    """A dim of which these are the ranks' indices, -1 where zero; shards if the ranks name all indices."""
+    if all(at >= 0 for mine in held for at in mine) and len({at for mine in held for at in mine}) == size:
+        return shards(size, [[(at, 1) for at in mine] for mine in held])
+    return Sparse(size, tuple(tuple(mine) for mine in held))
+
+
 def _counted(entries: Iterable[int]) -> Iterator[str]:
     return (f"{len(list(alike))} of {at}:{at + 1}" for at, alike in groupby(entries))
 
@@ -183,19 +219,21 @@ def covered(dims: Sequence[DimPlacement]) -> bool:
 
 def disjoint(dims: Sequence[DimPlacement]) -> bool:
     """Whether the tensor is sharded, and no element is held by two ranks."""
-    sharded = any(isinstance(dim, (Shards, Repeated)) for dim in dims)
+    sharded = any(isinstance(dim, (Shards, Repeated, Sparse)) for dim in dims)
     return sharded and all(holders <= 1 for holders in _cells(dims))
 
 
 def _cells(dims: Sequence[DimPlacement]) -> Iterator[int]:
     """How often each block is held: those between neighbouring ends of intervals, and classes of equal entries."""
-    held = [_blocks(dim) for dim in dims if isinstance(dim, (Shards, Repeated))]
+    held = [_blocks(dim) for dim in dims if isinstance(dim, (Shards, Repeated, Sparse))]
     for cell in product(*held) if held else ():
         yield sum(map(prod, zip(*cell)))
 
 
-def _blocks(dim: Union[Shards, Repeated]) -> list[list[int]]:
-    """How often each rank holds each block of a dim."""
+def _blocks(dim: Union[Shards, Repeated, Sparse]) -> list[list[int]]:
+    """How often each rank holds each block of a dim that is not zero."""
+    if isinstance(dim, Sparse):
+        return [[mine.count(at) for mine in dim.held] for at in sorted(dim.named)]
     if isinstance(dim, Repeated):
         return [[at in mine for mine in dim.held] for at in range(max(dim.classes) + 1)]
     ends = {0, dim.size, *(at for part in dim.parts for start, length in part for at in (start, start + length))}

@@ -128,8 +128,9 @@ ARITHMETIC = (
         wrong="h ., . +",
         arguments=lambda g, x: (g, x, 1.0, 20.0),
     ),
-    *(Row(operator, "th th", right="t t, h h, + ., 0 .", wrong="t ., . +, t h") for operator in BACKWARDS),
+    *(Row(operator, "th th", right="t t, h h, + ., 0 ., + 0, 0 +", wrong="t ., . +, t h") for operator in BACKWARDS),
     Row(aten.masked_fill.Scalar, "th ?:th", right="t t, h h, + .", wrong="t ., h .", arguments=lambda x, m: (x, m, 0)),
+    Row(aten.masked_fill.Scalar, "th ?:th", right=". 0, + 0", arguments=lambda x, m: (x, m, 0)),
     Row(
         aten.masked_fill.Scalar,
         "bnts ?:bots",
@@ -179,7 +180,11 @@ ARITHMETIC = (
     ),
     *(
         Row(
-            operator, "th th", right="t t, + .", wrong="h h, . +, t .", arguments=lambda g, y: (g, y, -1, torch.float64)
+            operator,
+            "th th",
+            right="t t, + ., + 0",
+            wrong="h h, . +, t .",
+            arguments=lambda g, y: (g, y, -1, torch.float64),
         )
         for operator in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
     ),
@@ -202,7 +207,7 @@ ARITHMETIC = (
     ),
     Row(
         *(aten.native_layer_norm_backward.default, "th th to p:to h h"),
-        right="t t t t . ., + . . . . ., . . . . . .",
+        right="t t t t . ., + . . . . ., . . . . . ., + 0 . . . .",
         wrong="h h . . h h, . + . . . ., t . . . . .",
         arguments=lambda g, x, m, r, w, b: (g, x, list(w.shape), m, r, w, b, [True] * 3),
     ),

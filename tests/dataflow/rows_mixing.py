@@ -186,7 +186,11 @@ WINDOWS = (
     Row(aten._fft_c2r.default, "c:bth", right="b, h, +", wrong="t", arguments=lambda x: (x, [1], 0, 7)),
     Row(aten.glu.default, "bth", right="b, t", wrong="h, +", arguments=lambda x: (x, 2)),
     Row(
-        aten.glu_backward.default, "btd bth", right="b b, t t, + .", wrong="b ., . +", arguments=lambda g, x: (g, x, 2)
+        aten.glu_backward.default,
+        "btd bth",
+        right="b b, t t, + ., + 0",
+        wrong="b ., . +",
+        arguments=lambda g, x: (g, x, 2),
     ),
     Row(aten.diagonal.default, "bth", right="b, +", unknown="t, h", arguments=lambda x: (x, 0, 1, 2)),
 )

@@ -70,9 +70,44 @@ MOVES = (
     Row(
         aten.slice_backward.default,
         "th",
-        right="h, +, .",
-        unknown="t",
+        right="h, +, ., t, t*",
+        unknown="t=",
         arguments=lambda g: (g, [g.shape[0] + 2, g.shape[1]], 0, 1, g.shape[0] + 1, 1),
+    ),
+    *(
+        Row(
+            *(operator, "th th"),
+            right=right,
+            wrong="h- ., h- t",
+        )
+        for operator, right in (
+            (aten.add.Tensor, "h- h_, h- h|, h- h-, h| h_"),
+            (aten.sub.Tensor, "h- h_, h| h-"),
+            (aten.mul.Tensor, "h- h|, h| h-"),
+        )
+    ),
+    Row(aten.mul.Tensor, "th to", right="h- ."),
+    Row(aten.div.Tensor, "th p:th", right="h- h|", wrong="h- ."),
+    Row(aten.mm.default, "th hk", right="h- h|, h| h-"),
+    Row(aten.mm.default, "ht tk", right="h- ."),
+    *(
+        Row(operator, "th", right="h-", arguments=arguments)
+        for operator, arguments in (
+            (aten.transpose.int, lambda x: (x, 0, 1)),
+            (aten.unsqueeze.default, lambda x: (x, 0)),
+            (aten.sum.dim_IntList, lambda x: (x, [0])),
+            (aten.neg.default, lambda x: (x,)),
+        )
+    ),
+    *(
+        Row(operator, "th", right="t", unknown="h-", arguments=arguments)
+        for operator, arguments in (
+            (aten.sum.dim_IntList, lambda x: (x, [1])),
+            (aten.relu.default, lambda x: (x,)),
+            (aten._softmax.default, lambda x: (x, 1, False)),
+            (aten.add.Tensor, lambda x: (x, 1.0)),
+            (aten.view.default, lambda x: (x, [x.shape[0], x.shape[1] // 2, 2])),
+        )
     ),
     Row(
         *(aten.slice_scatter.default, "th bh"),
@@ -83,9 +118,8 @@ MOVES = (
     Row(
         aten.slice_scatter.default,
         "th th",
-        right="t t, h h, t* t*, 0 +",
+        right="t t, h h, t* t*, 0 +, t= t, t t=, . +",
         wrong="t ., . t",
-        unknown="t= t, t t=",
         arguments=lambda x, y: (x, y, 0),
     ),
     Row(aten.select.int, "bth", right="b, h, +, t=", wrong="t", arguments=lambda x: (x, 1, -1)),

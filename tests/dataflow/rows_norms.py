@@ -74,7 +74,7 @@ LAYERS = (
     Row(
         aten.native_group_norm_backward.default,
         "bqt bqt bn bn q",
-        right="b b b b ., q q n n q, + . . . ., . . . . .",
+        right="b b b b ., q q n n q, + . . . ., . . . . ., + 0 . . 0",
         wrong="q q n n ., . + . . ., t t . . .",
         arguments=lambda g, x, m, r, w: (g, x, m, r, w, *x.shape, x.shape[1] // 4, [True] * 3),
     ),
@@ -102,7 +102,7 @@ LAYERS = (
     Row(
         aten.native_batch_norm_backward.default,
         "bht bht h h p:h h p:h",
-        right="h h h h h h h, + . . . . . ., . . . . . . .",
+        right="h h h h h h h, + . . . . . ., . . . . . . ., + 0 0 . . . .",
         wrong="b b . . . . ., h h . h h h h, . + . . . . .",
         arguments=lambda g, x, w, m, v, sm, sv: (g, x, w, m, v, sm, sv, True, with_eps(x, w, m, v, sm, sv), [True] * 3),
     ),

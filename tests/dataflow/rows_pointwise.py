@@ -56,7 +56,7 @@ POINTWISE = (
         wrong="t ., + .",
         arguments=lambda x, y: (x, y, 0.3),
     ),
-    Row(aten.lerp.Tensor, "th th th", right="t t t, + + ., . . .", wrong="t t ., + + +, + . ., . . +"),
+    Row(aten.lerp.Tensor, "th th th", right="t t t, + + ., . . ., + + 0", wrong="t t ., + + +, + . ., . . +"),
     Row(aten.addcmul.default, "th th th", right="t t t, + + ., + . +, h h h", wrong=". + ., + + +, h h ., + . ."),
     Row(aten.addcdiv.default, "th th p:th", right="t t t, + + ., h h h", wrong=". + ., h h ., + . ."),
     # complex numbers

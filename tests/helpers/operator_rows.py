@@ -7,7 +7,7 @@ three groups of seven rows end.
 Cases say what the ranks hold, one word an input: ``.`` replicated, ``t`` sharded along t, ``t*``
 sharded with overlap, ``t=`` equal along t and as many as a shard has, ``t~`` one of them, ``+`` partial, ``0`` zeros;
 ``t%`` pairs of equal neighbours, of which a rank has those of its shard, ``t^`` one of each of these, ``t/`` one of
-each pair.
+each pair; ``h|`` shards of each half of h, ``h-`` and ``h_`` those of the first and of the second, and else zeros.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from lightning_autotp.dataflow.placement import (
     Placement,
     Repeated,
     Shards,
+    Sparse,
     constant,
     labels,
     repeated,
     shards,
+    sparse,
 )
 from lightning_autotp.layout.layout import even_widths
 
@@ -107,6 +109,7 @@ def some_cases(row: Row, count: int) -> list[str]:
     for spec in row.inputs.split():
         kind, _, letters = spec.rpartition(":")
         dims = [letter + how for letter in letters if SIZES[letter][0] > 1 for how in ("", "*", "=", "%")]
+        dims += ["h|", "h-"] if "h" in letters and not kind else []
         ways.append([".", *dims, *([] if kind not in ("", "c") else ["+", "0"])])
     every = [" ".join(words) for words in product(*ways)]
     return Random(0).sample(every, min(count, len(every)))
@@ -150,6 +153,8 @@ def made_input(spec: str, case: str, ranks: int) -> Input:
         parts = [[(0, 1)] for _ in range(ranks)]
     if case[1:] in ("%", "^", "/"):
         return repeated_input(full, at, case[1:], [part[0] for part in parts])
+    if case[1:] in ("|", "-", "_"):
+        return halved_input(full, at, case[1:], ranks)
     if case[1:] in ("=", "~"):
         full = full.narrow(at, 0, 1).expand(shape).contiguous()
         dim: Any = constant(shape[at], [part[0][1] for part in parts])
@@ -169,6 +174,21 @@ def repeated_input(full: Tensor, at: int, how: str, parts: Sequence[Interval]) -
     dims: list[Any] = [None] * full.ndim
     dims[at] = repeated(classes, held)
     return Input(single.index_select(at, torch.tensor(classes)), Placement(tuple(dims)), local)
+
+
+def halved_input(full: Tensor, at: int, how: str, ranks: int) -> Input:
+    """A tensor of which ranks hold a shard of each half along dim ``at``; one half is zero, unless ``how`` is |."""
+    half = full.shape[at] // 2
+    widths = even_widths(half, ranks, 1)
+    parts = [list(range(start, start + length)) for start, length in widths]
+    mine = [[*its, *(half + index for index in its)] for its in parts]
+    known = {"|": range(2 * half), "-": range(half), "_": range(half, 2 * half)}[how]
+    mask = torch.zeros(full.shape[at], dtype=torch.bool)
+    mask[known.start : known.stop] = True
+    full = full * mask.reshape([-1 if dim == at else 1 for dim in range(full.ndim)])
+    dims: list[Any] = [None] * full.ndim
+    dims[at] = sparse(full.shape[at], [[index if index in known else -1 for index in its] for its in mine])
+    return Input(full, Placement(tuple(dims)), [full.index_select(at, torch.tensor(its)) for its in mine])
 
 
 def tensors_of(result: Any) -> list[Tensor]:
@@ -236,6 +256,15 @@ def holds(placement: Placement, full: Tensor, local: Sequence[Tensor]) -> bool:
                 return False
             full, local = one_of_each(full, at, classes), [one_of_each(m, at, its) for m, its in zip(local, held)]
             dims[at] = shards(full.shape[at], [[(label, 1) for label in sorted({*its})] for its in held])
+        if isinstance(dim, Sparse):  # zero but at the indices that are named
+            named = sorted(dim.named)
+            if full.count_nonzero() != full.index_select(at, torch.tensor(named, dtype=torch.long)).count_nonzero():
+                return False
+            places = [[place for place, index in enumerate(its) if index >= 0] for its in dim.held]
+            kept = [mine.index_select(at, torch.tensor(p, dtype=torch.long)) for mine, p in zip(local, places)]
+            if any(mine.count_nonzero() != its.count_nonzero() for mine, its in zip(local, kept)):
+                return False
+            local, dims[at] = kept, shards(dim.size, [[(i, 1) for i in its if i >= 0] for its in dim.held])
     total = torch.zeros(full.numel(), dtype=wide(full).dtype)
     for rank, mine in enumerate(local):
         part, place = full, torch.arange(full.numel()).reshape(full.shape)

@@ -14,10 +14,12 @@ from lightning_autotp.dataflow.placement import (
     Repeated,
     Shape,
     Shards,
+    Sparse,
     covered,
     disjoint,
     labels,
     repeated,
+    sparse,
 )
 
 Linear = Optional[Literal["sum", "product"]]
@@ -28,7 +30,7 @@ Placed = tuple[Shape, Placement]
 
 def combine(operands: Sequence[Placed], shape: Shape, linear: Linear = None) -> Placement:
     """The placement of a result of ``shape`` that is computed element by element, operands broadcast from the right."""
-    dims = tuple(_met(operands, shape, at) for at in range(len(shape)))
+    dims = tuple(_met(operands, shape, at, linear) for at in range(len(shape)))
     if not covered(dims):
         sharded = [at for at, dim in enumerate(dims) if isinstance(dim, Shards)]
         raise Wrong(f"operands are sharded along different dims {sharded}: no rank computes some of the elements.")
@@ -38,13 +40,15 @@ def combine(operands: Sequence[Placed], shape: Shape, linear: Linear = None) -> 
     return Placement(dims, partial, zero)
 
 
-def _met(operands: Sequence[Placed], shape: Shape, at: int) -> DimPlacement:
+def _met(operands: Sequence[Placed], shape: Shape, at: int, linear: Linear) -> DimPlacement:
     """What the ranks hold along dim ``at`` of a result, of what they hold of the operands that have it."""
     found: list[DimPlacement] = []
     for own, placement in operands:
         mine = at - (len(shape) - len(own))
         if mine >= 0 and (own[mine] != 1 or shape[at] == 1):
             found.append(placement.dims[mine])
+    if any(isinstance(dim, Sparse) for dim in found):
+        return _met_sparse(found, shape, at, linear, alone=len(found) < len(operands))
     repeats = next((dim for dim in found if isinstance(dim, Repeated)), None)
     if repeats is not None:
         return _met_classes(found, shape, at, len(repeats.held))
@@ -82,6 +86,29 @@ def _met_classes(found: Sequence[DimPlacement], shape: Shape, at: int, ranks: in
     return relabelled(classes, held, f"combines indices of dim {at} of {list(shape)}")
 
 
+def _met_sparse(found: Sequence[DimPlacement], shape: Shape, at: int, linear: Linear, alone: bool) -> DimPlacement:
+    """What is zero but at some indices, added to others or multiplied; ``alone``: an operand does not have the dim."""
+    if linear is None or linear == "sum" and alone or any(isinstance(dim, (Constant, Repeated)) for dim in found):
+        raise Unknown(f"no rule follows dim {at} of {list(shape)}, the gradient of a slice, into this operator.")
+    ranks = next(len(dim.held) for dim in found if isinstance(dim, Sparse))
+    known = [labels(dim, shape[at], ranks)[1] for dim in found]
+    held = []
+    for rank in range(ranks):
+        mine = [its[rank] for its in known]
+        if len({len(its) for its in mine}) > 1:
+            raise Wrong(
+                f"dim {at} of {list(shape)}: rank {rank}'s local sizes {[len(its) for its in mine]} do not fit."
+            )
+        held.append([max(entry) for entry in zip(*mine)])
+        for dim, its in zip(found, mine):
+            for own, index in zip(its, held[-1]):
+                if own not in (-1, index):
+                    raise Wrong(f"rank {rank} combines indices {own} and {index} of dim {at} of {list(shape)}.")
+                if own != index and isinstance(dim, Sparse) and index in dim.named:
+                    raise Unknown(f"a rank has zero at index {index} of dim {at}, and another rank has not.")
+    return sparse(shape[at], held)
+
+
 def relabelled(classes: Sequence[Hashable], held: Sequence[Sequence[Hashable]], what: str) -> DimPlacement:
     """The dim of which these are the labels; Wrong if a rank has one that the full model does not."""
     known = set(classes)
@@ -90,6 +117,11 @@ def relabelled(classes: Sequence[Hashable], held: Sequence[Sequence[Hashable]], 
             if label not in known:
                 raise Wrong(f"{what}, and entry {place} of rank {rank} ({label}) is none of the full model's.")
     return repeated(classes, held)
+
+
+def unlike_zero(placement: Placement) -> Placement:
+    """The placement of an operand that a result is no product with: that it is zero does not make the result zero."""
+    return replace(placement, zero=False)
 
 
 def _is_partial(operands: Sequence[Placed], dims: tuple[DimPlacement, ...], ndim: int, linear: Linear) -> bool:
@@ -105,10 +137,14 @@ def _is_partial(operands: Sequence[Placed], dims: tuple[DimPlacement, ...], ndim
         raise Wrong("two partial sums are multiplied: the product of sums is not the sum of the ranks' products.")
     for shape, placement in partials:
         held = (None,) * (ndim - len(shape)) + placement.dims
-        if any(isinstance(dim, Shards) and dim != mine for dim, mine in zip(dims, held)):
+        if any(
+            isinstance(dim, Shards) and dim != mine and not isinstance(mine, Sparse) for dim, mine in zip(dims, held)
+        ):
             raise Wrong("a partial sum meets a sharded operand: a rank lacks the other ranks' sums of its part.")
         if any(isinstance(dim, Repeated) and dim != mine for dim, mine in zip(dims, held)):
             raise Unknown("a partial sum meets an operand of which the ranks hold repeated entries.")
+        if any(isinstance(dim, Sparse) and not isinstance(mine, Sparse) for dim, mine in zip(dims, held)):
+            raise Unknown("a partial sum meets the gradient of a slice of a sharded dim.")
     return True
 
 
@@ -126,7 +162,7 @@ def summed(placement: Placement, over: Collection[int], keep: bool) -> Placement
             return replace(without(placement, over, keep), partial=False)
         if isinstance(dim, Constant):
             return _summed_equal(placement, at, dim, over, keep)
-        if isinstance(dim, Repeated):
+        if isinstance(dim, (Repeated, Sparse)):
             raise Unknown(f"no rule sums over dim {at} of what is {placement}.")
     if not any(isinstance(placement.dims[at], Shards) for at in over):
         return without(placement, over, keep)
@@ -155,7 +191,7 @@ def check_not_mixed(placement: Placement, over: Collection[int], what: str) -> N
     for at in sorted(over):
         if isinstance(placement.dims[at], Shards):
             raise Wrong(f"{what} over dim {at}, of which each rank holds its part only ({placement.dims[at]}).")
-        if isinstance(placement.dims[at], (Constant, Repeated)):
+        if placement.dims[at] is not None:
             raise Unknown(f"{what} over dim {at}, of which the ranks hold {placement.dims[at]}.")
 
 

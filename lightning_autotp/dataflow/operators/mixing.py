@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from lightning_autotp.dataflow.event import Event, Unknown, Wrong
-from lightning_autotp.dataflow.operators.combine import check_not_mixed, check_not_partial, combine
+from lightning_autotp.dataflow.operators.combine import check_not_mixed, check_not_partial, combine, unlike_zero
 from lightning_autotp.dataflow.operators.pointwise import placed
 from lightning_autotp.dataflow.operators.registry import register
 from lightning_autotp.dataflow.operators.slices import taken
@@ -175,7 +175,8 @@ def glu_backward(event: Event) -> Placement:
     check_not_partial(operand.placement, "the gradient of glu")
     shape = tuple(1 if at == dim else size for at, size in enumerate(grad.shape))
     return replace(
-        combine([(shape, operand.placement), (shape, grad.placement)], shape, "product"), zero=grad.placement.zero
+        combine([(shape, unlike_zero(operand.placement)), (shape, grad.placement)], shape, "product"),
+        zero=grad.placement.zero,
     )
 
 

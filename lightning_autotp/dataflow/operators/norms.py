@@ -12,6 +12,7 @@ from lightning_autotp.dataflow.operators.combine import (
     check_not_partial,
     combine,
     summed,
+    unlike_zero,
     without,
 )
 from lightning_autotp.dataflow.operators.registry import register
@@ -54,7 +55,8 @@ def layer_norm_backward(event: Event) -> list[Placement]:
     grad, operand = event.tensor("grad_out"), event.tensor("input")
     features = _features(event, operand)
     _check_statistics(event)
-    made = combine([(o.shape, o.placement) for o in (grad, operand)], operand.shape, "product")
+    known = operand.shape, unlike_zero(operand.placement)
+    made = combine([(grad.shape, grad.placement), known], operand.shape, "product")
     check_not_mixed(made, features, "takes the gradient of a norm")
     made = replace(made, zero=grad.placement.zero)
     weights = summed(made, set(range(len(made.dims))) - features, False)
@@ -71,7 +73,7 @@ def _check_statistics(event: Event) -> None:
 def _by_channel(operand: Operand, ndim: int) -> Placed:
     """A weight for each channel, as it meets an input [rows, channels, places]."""
     shape = (*operand.shape, *(1,) * (ndim - 2))
-    return shape, replace(operand.placement, dims=(*operand.placement.dims, *(None,) * (ndim - 2)))
+    return shape, replace(operand.placement, dims=(*operand.placement.dims, *(None,) * (ndim - 2)), zero=False)
 
 
 def _groups(event: Event, placement: Placement, channels: int) -> Placement:
@@ -113,7 +115,8 @@ def group_norm_backward(event: Event) -> list[Placement]:
     ndim = len(operand.shape)
     _check_statistics(event)
     weights = [_by_channel(weight, ndim) for weight in _weights(event)]
-    made = combine([*((o.shape, o.placement) for o in (grad, operand)), *weights], operand.shape, "product")
+    known = operand.shape, unlike_zero(operand.placement)
+    made = combine([(grad.shape, grad.placement), known, *weights], operand.shape, "product")
     _groups(event, made, operand.shape[1])
     return _chosen(event, _gradients(made, grad))
 
@@ -158,7 +161,8 @@ def batch_norm_backward(event: Event) -> list[Placement]:
     ndim = len(operand.shape)
     _check_statistics(event)
     others = [_by_channel(other, ndim) for other in (*_weights(event), *_running(event))]
-    made = combine([*((o.shape, o.placement) for o in (grad, operand)), *others], operand.shape, "product")
+    known = operand.shape, unlike_zero(operand.placement)
+    made = combine([(grad.shape, grad.placement), known, *others], operand.shape, "product")
     if event["train"]:
         check_not_mixed(made, _but_channels(made), "takes the gradient of a norm")
     return _chosen(event, _gradients(made, grad))

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
-from lightning_autotp.dataflow.operators.combine import Linear, Placed, check_not_mixed, check_not_partial, combine
+from lightning_autotp.dataflow.operators.combine import (
+    Linear,
+    Placed,
+    check_not_mixed,
+    check_not_partial,
+    combine,
+    unlike_zero,
+)
 from lightning_autotp.dataflow.operators.registry import register
-from lightning_autotp.dataflow.placement import Constant, Placement, Repeated
+from lightning_autotp.dataflow.placement import Constant, Placement, Repeated, Sparse
 
 
 def placed(operand: Operand) -> Placed:
@@ -109,7 +116,7 @@ def lerp(event: Event) -> Placement:
     if not isinstance(weight, Operand):
         return ends
     check_not_partial(weight.placement, "weighs two tensors by what is a part")
-    return combine([(shape, ends), placed(weight)], shape, "product")
+    return combine([(shape, ends), (weight.shape, unlike_zero(weight.placement))], shape, "product")
 
 
 @register("addcmul", "addcdiv")
@@ -156,9 +163,12 @@ def linear_in(event: Event, argument: str) -> Placement:
         for name, o in event.arguments.items()
         if name != argument and isinstance(o, Operand) and (name != "buffer" or o.shape == shape)
     ]
+    if any(isinstance(dim, Sparse) for o in others for dim in o.placement.dims):
+        raise Unknown(f"{event.name} of the gradient of a slice has no rule.")
     is_zero = event.tensor(argument).placement.zero
     linear: Linear = "product" if is_zero or not any(o.placement.partial for o in others) else None
-    made = combine([placed(event.tensor(argument)), *map(placed, others)], shape, linear)
+    known = [(o.shape, unlike_zero(o.placement)) for o in others]
+    made = combine([placed(event.tensor(argument)), *known], shape, linear)
     return replace(made, zero=is_zero)
 
 
@@ -166,7 +176,13 @@ def linear_in(event: Event, argument: str) -> Placement:
 def masked_fill(event: Event) -> Placement:
     """Linear where the value is zero."""
     value = event["value"]
-    return together(event, "product" if isinstance(value, (int, float)) and value == 0 else None)
+    if not isinstance(value, (int, float)) or value != 0:
+        return together(event, None)
+    mask = event.tensor("mask")
+    check_not_partial(mask.placement, "a mask")
+    return combine(
+        [placed(event.tensor("self")), (mask.shape, unlike_zero(mask.placement))], event.outputs[0], "product"
+    )
 
 
 @register("where")

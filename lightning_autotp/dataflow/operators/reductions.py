@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_autotp.dataflow.event import Event
-from lightning_autotp.dataflow.operators.combine import check_not_mixed, check_not_partial, combine, summed, without
+from lightning_autotp.dataflow.operators.combine import (
+    check_not_mixed,
+    check_not_partial,
+    combine,
+    summed,
+    unlike_zero,
+    without,
+)
 from lightning_autotp.dataflow.operators.registry import register
 from lightning_autotp.dataflow.placement import Constant, Placement
 
@@ -82,7 +89,8 @@ def softmax_backward(event: Event) -> Placement:
     """Linear in the gradient; mixes along the dim of the softmax."""
     grad, output = event.tensor("grad_output"), event.tensor("output")
     check_not_partial(output.placement, "a softmax's gradient")
-    made = combine([(o.shape, o.placement) for o in (grad, output)], grad.shape, "product")
+    known = output.shape, unlike_zero(output.placement)
+    made = combine([(grad.shape, grad.placement), known], grad.shape, "product")
     check_not_mixed(made, {event.dim(of="grad_output")}, "takes the gradient of a softmax")
     return replace(made, zero=grad.placement.zero)
 

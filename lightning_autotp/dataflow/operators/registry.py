@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lightning_autotp.dataflow.event import Event, Operand, Unknown, Wrong
-from lightning_autotp.dataflow.placement import Constant, Placement, Repeated, covered
+from lightning_autotp.dataflow.placement import Constant, Placement, Repeated, Sparse, covered
 
 Rule = Callable[[Event], Union[Placement, list[Placement]]]
 """One placement for all outputs, or a list with one each."""
@@ -76,6 +76,8 @@ def propagate(event: Event, *, alone: bool = False) -> list[Placement]:
         made = [Placement.replicated(len(shape)) for shape in event.outputs]
     elif found is None:
         raise Unknown(f"no rule says what {event.name} makes of {_placed(event)}.")
+    elif event.name not in _FOLLOW_SPARSE and any(_is_sparse(operand) for operand in event.operands):
+        raise Unknown(f"no rule says what {event.name} makes of the gradient of a slice: {_placed(event)}.")
     else:
         result = found.rule(event)
         made = result if isinstance(result, list) else [result] * len(event.outputs)
@@ -86,9 +88,23 @@ def propagate(event: Event, *, alone: bool = False) -> list[Placement]:
     return made
 
 
+_FOLLOW_SPARSE = frozenset(
+    (
+        *("add", "sub", "mul", "div", "neg", "mm", "bmm", "sum", "masked_fill", "native_dropout_backward", "copy"),
+        *("_to_copy", "clone", "detach", "alias", "slice_backward", "zeros_like", "new_zeros"),
+        *("view", "_unsafe_view", "unsqueeze", "squeeze", "transpose", "t", "permute"),
+    )
+)
+"""Operators that make zeros of zeros."""
+
+
 def is_random(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator draws random numbers: on sharded tensors the ranks' are not the full model's."""
     return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def _is_sparse(operand: Operand) -> bool:
+    return any(isinstance(dim, Sparse) for dim in operand.placement.dims)
 
 
 def _placed(event: Event) -> str:

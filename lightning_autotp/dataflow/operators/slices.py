@@ -16,9 +16,11 @@ from lightning_autotp.dataflow.placement import (
     Placement,
     Repeated,
     Shards,
+    Sparse,
     constant,
     labels,
     shards,
+    sparse,
 )
 
 
@@ -91,34 +93,46 @@ def slices(event: Event) -> Placement:
 
 @register("slice_backward", sizes=True)
 def slice_backward(event: Event) -> Placement:
-    """The gradient of a slice: zeros around it, along a dim that is replicated or was taken in full."""
+    """The gradient of a slice: zeros around it, whichever indices they are of."""
     grad = event.tensor("grad_output")
     dim, sizes = event.dim(of="grad_output"), event["input_sizes"]
+    here = grad.placement.dims[dim]
     local = [call.arguments["input_sizes"][dim] for call in event.ranks]
-    full = all(
-        _sliced(call, call["input_sizes"][dim]) == range(call["input_sizes"][dim])
-        for call in (event.arguments, *(rank.arguments for rank in event.ranks))
-    )
-    if full:
+    full, mine = _sliced(event.arguments, sizes[dim]), []
+    for call, size in zip(event.ranks, local):
+        mine.append(_sliced(call.arguments, size))
+    if full == range(sizes[dim]) and all(its == range(size) for its, size in zip(mine, local)):
         return grad.placement
-    if grad.placement.dims[dim] is not None or any(size != sizes[dim] for size in local):
-        raise Unknown(f"the gradient of a slice of a sharded dim {dim} has no rule.")
-    mine = _sliced(event.arguments, sizes[dim])
-    if any(_sliced(call.arguments, sizes[dim]) != mine for call in event.ranks):
-        raise Unknown(f"the gradient of different slices of dim {dim} has no rule.")
-    return grad.placement
+    if here is None and all(its == full for its in mine) and all(size == sizes[dim] for size in local):
+        return grad.placement
+    if isinstance(here, (Constant, Repeated, Sparse)):
+        raise Unknown(f"the gradient of a slice that is {grad.placement} has no rule.")
+    held = []
+    for its, size, own in zip(mine, local, labels(here, len(full), len(local))[1]):
+        if len(its) != len(own):
+            raise Wrong(f"a rank has a gradient of {len(own)} indices for a slice of {len(its)}.")
+        entries = [-1] * size
+        for place, index in zip(its, own):
+            entries[place] = full[index]
+        held.append(entries)
+    return _replaced(grad, dim, sparse(sizes[dim], held))
 
 
 @register("slice_scatter", sizes=True)
 def slice_scatter(event: Event) -> Placement:
     """A tensor with a slice of it replaced: each rank replaces what it holds of the slice by the same of the source."""
     operand, source, dim = event.tensor("self"), event.tensor("src"), event.dim()
+    sizes = _local_sizes(event, operand, dim)
+    if _sliced(event.arguments, operand.shape[dim]) == range(operand.shape[dim]) and all(
+        _sliced(call.arguments, size) == range(size) for call, size in zip(event.ranks, sizes)
+    ):
+        return source.placement  # nothing of the tensor is left
     rest = [_without_dim(operand, dim), _without_dim(source, dim)]
     made = combine(rest, rest[0][0], "sum")
     here = operand.placement.dims[dim]
     if any(isinstance(held, (Constant, Repeated)) for held in (here, source.placement.dims[dim])):
         raise Unknown(f"no rule replaces a slice along dim {dim} where ranks hold fewer equal entries.")
-    local = [_sliced(call.arguments, size) for call, size in zip(event.ranks, _local_sizes(event, operand, dim))]
+    local = [_sliced(call.arguments, size) for call, size in zip(event.ranks, sizes)]
     summed = Operand(operand.shape, replace(operand.placement, partial=made.partial), operand.dtype)
     want = taken(summed, dim, _sliced(event.arguments, operand.shape[dim]), local)
     if source.placement.dims[dim] != want:

@@ -15,6 +15,7 @@ from lightning_autotp.dataflow.placement import (
     DimPlacement,
     Placement,
     Repeated,
+    Sparse,
     constant,
     labels,
     repeated,
@@ -37,8 +38,12 @@ def view(event: Event) -> Placement:
         if all(dim is None for dim in held):
             continue
         sizes, wanted = [operand.shape[at] for at in before], [new[at] for at in after]
-        if all(isinstance(dim, Constant) or dim is None and size == 1 for dim, size in zip(held, sizes)):
-            made: Sequence[DimPlacement] = [constant(new[at], [shape[at] for shape in local]) for at in after]
+        if any(isinstance(dim, Sparse) for dim in held) and sizes != wanted:
+            raise Unknown(f"no rule follows a view of dims {sizes} as {wanted} of the gradient of a slice.")
+        if sizes == wanted:
+            made: Sequence[DimPlacement] = held
+        elif all(isinstance(dim, Constant) or dim is None and size == 1 for dim, size in zip(held, sizes)):
+            made = [constant(new[at], [shape[at] for shape in local]) for at in after]
         elif any(isinstance(dim, (Constant, Repeated)) for dim in held):
             made = _relabelled(held, sizes, wanted, [[shape[at] for at in after] for shape in local])
         else:
@@ -52,8 +57,6 @@ def _relabelled(
     held: list[DimPlacement], sizes: list[int], new: list[int], local: list[list[int]]
 ) -> Sequence[DimPlacement]:
     """One group of dims, of which some have repeated entries, as dims of sizes ``new``."""
-    if new == sizes:
-        return held
     if prod(sizes) > MOST_LABELS:
         raise Unknown(f"no rule follows a view of dims {sizes} as {new} with so many repeated entries.")
     known = [labels(dim, size, len(local)) for dim, size in zip(held, sizes)]
@@ -66,7 +69,7 @@ def _relabelled(
 
 def regrouped(dims: Sequence[DimPlacement], sizes: list[int], new: list[int]) -> list[DimPlacement]:
     """One group of dims of ``sizes``, without repeated entries, as dims of sizes ``new``."""
-    held = [dim for dim in dims if not isinstance(dim, (Constant, Repeated))]
+    held = [dim for dim in dims if not isinstance(dim, (Constant, Repeated, Sparse))]
     if len(held) < len(dims):
         raise Unknown(f"no rule regroups dims {sizes} as {new} of what ranks repeat.")
     ranks = next((len(dim.parts) for dim in held if dim is not None), 0)
