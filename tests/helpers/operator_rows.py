@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from random import Random
 from typing import Any, Optional
 
@@ -111,8 +110,9 @@ def some_cases(row: Row, count: int) -> list[str]:
         dims = [letter + how for letter in letters if SIZES[letter][0] > 1 for how in ("", "*", "=", "%")]
         dims += ["h|", "h-"] if "h" in letters and not kind else []
         ways.append([".", *dims, *([] if kind not in ("", "c") else ["+", "0"])])
-    every = [" ".join(words) for words in product(*ways)]
-    return Random(0).sample(every, min(count, len(every)))
+    draw = Random(0)
+    drawn = (" ".join(draw.choice(words) for words in ways) for _ in range(2 * count))
+    return list(dict.fromkeys(drawn))[:count]
 
 
 def parts_of(letter: str, ranks: int, overlap: bool) -> list[list[Interval]]:
