@@ -71,9 +71,8 @@ GROUPS = (
     *(
         Row(
             *(operator, "hk 8:t tk"),
-            right="k . k, + . +, 0 . +, . . .",
-            wrong="h . ., . . +, . . k",
-            unknown=". t t",
+            right="k . k, + . +, 0 . +, . . ., 0 t t, + t t",
+            wrong="h . ., . . +, . . k, . t t, 0 t .",
             arguments=lambda x, i, v: (x, [i], v, True),
         )
         for operator in (aten._unsafe_index_put.default, aten._index_put_impl.default)
@@ -108,5 +107,24 @@ GROUPS = (
         right="b b, h h, t ., . k",
         wrong="b ., h .",
         computed=torch.bmm,
+    ),
+    Row(
+        *(aten.scatter_reduce.two, "th 8:tk tk"),
+        right="t t t, + . +, 0 . +, . . .",
+        wrong="h . ., t . ., . . +",
+        arguments=lambda x, i, s: (x, 1, i, s, "sum"),
+    ),
+    Row(
+        *(aten.scatter_reduce.two, "th 8:tk tk"),
+        right="t t t, . . .",
+        wrong="h . ., t . ., . . +, + . +",
+        arguments=lambda x, i, s: (x, 1, i, s, "amax"),
+    ),
+    Row(
+        *(aten.select_scatter.default, "bth bh"),
+        right="b b, h h, + +, 0 +, . .",
+        wrong="b ., . h, + .",
+        unknown="t .",
+        arguments=lambda x, y: (x, y, 1, 2),
     ),
 )

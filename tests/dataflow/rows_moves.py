@@ -175,10 +175,21 @@ MOVES = (
     ),
     Row(
         *(aten.index_put.default, "hk 8:t tk"),
-        right="k . k, + . +, 0 . +, . . .",
-        wrong="h . ., . . +, . . k",
-        unknown=". t t",
+        right="k . k, + . +, 0 . +, . . ., 0 t t, + t t",
+        wrong="h . ., . . +, . . k, . t t, 0 t .",
         arguments=lambda x, i, v: (x, [i], v, True),
+    ),
+    Row(
+        *(aten.index_put.default, "hk 8:t tk"),
+        right="k . k, . . .",
+        unknown="0 t t",
+        arguments=lambda x, i, v: (x, [i], v),
+    ),
+    Row(
+        *(aten.index_put.default, "hk ?:h :"),
+        right=". . .",
+        unknown="k . .",
+        arguments=lambda x, m, v: (x, [m], v),
     ),
     Row(
         aten.index_put_.default,

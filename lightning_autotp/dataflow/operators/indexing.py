@@ -108,6 +108,8 @@ def index_put(event: Event) -> Placement:
     for dim in used:
         _check_full(operand, dim, "writes")
     if not chosen.is_replicated:
+        if event.arguments.get("accumulate"):
+            return _accumulated(operand, values, used, start, (shape, chosen))
         raise Unknown(f"writes where indices say that are {chosen}.")
     if shape == (-1,):
         shape = _written_by_mask(operand, used, start, values)
@@ -123,6 +125,25 @@ def index_put(event: Event) -> Placement:
     for dim in used:
         kept.insert(dim, None)
     return Placement(tuple(kept), made.partial)
+
+
+def _accumulated(operand: Operand, values: Operand, used: Sequence[int], start: int, chosen: Placed) -> Placement:
+    """Adds values where sharded indices say: each rank adds those of its part, a partial sum."""
+    shape, indices = chosen
+    rest = [at for at in range(len(operand.shape)) if at not in used]
+    kept = tuple(operand.shape[at] for at in rest)
+    full = (*kept[:start], *shape, *kept[start:])
+    fresh = range(start, start + len(shape))
+    lines = tuple(size if at in fresh else 1 for at, size in enumerate(full))
+    none = (None,) * start, (None,) * (len(rest) - start)
+    where = replace(indices, dims=(*none[0], *indices.dims, *none[1]), zero=False)
+    total = summed(combine([(values.shape, values.placement), (lines, where)], full, "product"), fresh, False)
+    own = replace(operand.placement, dims=tuple(operand.placement.dims[at] for at in rest))
+    made = combine([(kept, own), (kept, total)], kept, "sum")
+    dims = list(made.dims)
+    for dim in used:
+        dims.insert(dim, None)
+    return replace(made, dims=tuple(dims))
 
 
 def _written_by_mask(operand: Operand, used: Sequence[int], start: int, values: Operand) -> Shape:
@@ -145,9 +166,23 @@ def gather(event: Event) -> Placement:
     return combine([lines, _choice(indices)], indices.shape, "product")
 
 
+@register("scatter_reduce")
+def scatter_reduce(event: Event) -> Placement:
+    """A sum is that of scatter_add; what else there is, is linear in nothing."""
+    if event["reduce"] != "sum":
+        for name in ("self", "src"):
+            check_not_partial(event.tensor(name).placement, f"{event['reduce']} is no linear function")
+    made = _scattered(event)
+    return replace(made, zero=made.zero and event["reduce"] == "sum")
+
+
 @register("scatter", "scatter_add")
 def scatter(event: Event) -> Placement:
     """Writes or adds values along a dim where an index tensor says."""
+    return _scattered(event)
+
+
+def _scattered(event: Event) -> Placement:
     operand, indices, dim = event.tensor("self"), event.tensor("index"), event.dim()
     values = event.arguments.get("src", event.arguments.get("value"))
     tensors = [operand, indices, *([values] if isinstance(values, Operand) else [])]

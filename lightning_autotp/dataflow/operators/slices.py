@@ -173,6 +173,18 @@ def select_backward(event: Event) -> Placement:
     return replace(event.tensor("grad_output").placement, dims=(*dims[:dim], None, *dims[dim:]))
 
 
+@register("select_scatter", sizes=True)
+def select_scatter(event: Event) -> Placement:
+    """A tensor with one entry of a dim replaced."""
+    operand, source, dim = event.tensor("self"), event.tensor("src"), event.dim()
+    if operand.placement.dims[dim] is not None:
+        raise Unknown(f"no rule replaces an entry of dim {dim}, of which ranks hold {operand.placement.dims[dim]}.")
+    if any(call.arguments["index"] != event["index"] for call in event.ranks):
+        raise Wrong(f"ranks replace another entry of dim {dim} than the full model.")
+    made = combine([_without_dim(operand, dim), (source.shape, source.placement)], source.shape, "sum")
+    return replace(made, dims=(*made.dims[:dim], None, *made.dims[dim:]))
+
+
 @register("unbind")
 def unbind(event: Event) -> Placement:
     """All entries of a dim, a tensor each."""
