@@ -21,6 +21,7 @@ MOVES = (
         right="n, d, n*, +, b",
         arguments=lambda x: (x, [*x.shape[:2], x.shape[2] * x.shape[3]]),
     ),
+    Row(aten.view.dtype, "td", right=".", unknown="t", arguments=lambda x: (x, torch.float32)),
     Row(aten.view.default, "bodt", right="d=, t=, b, t", arguments=lambda x: (x, [x.shape[0], x.shape[2], x.shape[3]])),
     Row(
         aten.view.default,
@@ -65,7 +66,7 @@ MOVES = (
     Row(aten.slice.Tensor, "th", right="h/", wrong="h, h%", arguments=lambda x: (x, 1, 0, x.shape[1] // 2)),
     Row(aten.slice.Tensor, "bth", right="b, h, +, 0", wrong="t", arguments=lambda x: (x, 1, 1)),
     Row(aten.slice.Tensor, "th", right="h, t", arguments=lambda x: (x, 0, 0, x.shape[0])),
-    Row(aten.slice.Tensor, "th th", right=". .", wrong=". t, + t", arguments=lambda x, y: (x, 0, 0, y.shape[0])),
+    Row(aten.slice.Tensor, "th th", right=". ., 0 t", wrong=". t, + t", arguments=lambda x, y: (x, 0, 0, y.shape[0])),
     Row(aten.slice_backward.default, "th", right="t, h, +", arguments=lambda g: (g, list(g.shape), 0, 0, 2**63 - 1, 1)),
     Row(
         aten.slice_backward.default,

@@ -35,7 +35,7 @@ def _held(operand: Operand, dim: int, rank: int) -> list[int]:
 def taken(operand: Operand, dim: int, full: range, local: Sequence[range]) -> DimPlacement:
     """What the ranks hold of the indices ``full`` of a dim, each taking ``local`` of what it has of the dim."""
     here = operand.placement.dims[dim]
-    if isinstance(here, Constant):
+    if isinstance(here, Constant) or here is None and operand.placement.zero:
         return constant(len(full), [len(mine) for mine in local])
     if isinstance(here, Repeated):
         return _taken_classes(here, dim, full, local, operand.placement.partial)

@@ -32,6 +32,12 @@ def view(event: Event) -> Placement:
     """Merged and split dims; the ranks' sizes must be those of what they hold."""
     operand = event.tensor("self")
     new, local = event.outputs[0], event.local_outputs(0)
+    if prod(operand.shape) != prod(new) and operand.placement.is_replicated:
+        return Placement.replicated(len(new))
+    if prod(operand.shape) != prod(new):
+        raise Unknown(
+            f"no rule follows a view of {list(operand.shape)} as {list(new)}: its numbers are read otherwise."
+        )
     dims: list[DimPlacement] = [None] * len(new)
     for before, after in groups(operand.shape, new):
         held = [operand.placement.dims[at] for at in before]
