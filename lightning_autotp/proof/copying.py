@@ -33,7 +33,8 @@ def copied(module: nn.Module, parameter: Make, buffer: Make) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for own in module.parameters():
-        memo[id(own)] = nn.Parameter(parameter(own.detach()), requires_grad=own.requires_grad)
+        # not detach(), which shares the count of in-place changes that autograd looks at
+        memo[id(own)] = nn.Parameter(parameter(own.data), requires_grad=own.requires_grad)
     for held in module.buffers():
         memo[id(held)] = buffer(held.detach())
     for value in _attributes(module):
