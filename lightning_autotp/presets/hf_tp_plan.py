@@ -36,23 +36,40 @@ _PACKED = {"packed_colwise": _COLUMN, "packed_rowwise": _ROW}
 def model_plan(model: nn.Module) -> AutoTPConfig:
     """The rules of the plans of all Hugging Face models inside ``model``; empty if there are none.
 
+    A module that is none of theirs may have a ``config`` with a ``base_model_tp_plan``, which is taken alike; its paths
+    start at that module or at a child of it.
+
     Raises:
         ValueError: if a plan uses a style that has no rule here; the message names it and the module it is for.
     """
     specs: list[TPLayerSpec] = []
     inside: list[str] = []
     for path, module in model.named_modules():
-        plan = tp_plan_of(module)
-        if not plan or not hasattr(module, "base_model_prefix") or any(path.startswith(outer) for outer in inside):
+        is_theirs = hasattr(module, "base_model_prefix")
+        plan = tp_plan_of(module) if is_theirs else getattr(getattr(module, "config", None), "base_model_tp_plan", None)
+        if not plan or not isinstance(plan, dict) or any(path.startswith(outer) for outer in inside):
+            continue
+        start = re.escape(f"{path}." if path else "") + ("" if is_theirs else _CHILD)
+        if not is_theirs and not _names_any(model, start, plan):  # a block of theirs knows the plan of its model
             continue
         inside.append(f"{path}." if path else "")
         for key, style in plan.items():
-            specs += _rules(module, inside[-1], key, style)
+            specs += _rules(module, start, key, style)
     return AutoTPConfig(specs)
 
 
-def _rules(model: nn.Module, prefix: str, key: str, style: str) -> Iterator[TPLayerSpec]:
-    path = re.escape(prefix) + _expression(key)
+_CHILD = r"(?:[^.]+\.)?"
+
+
+def _names_any(model: nn.Module, start: str, plan: dict[str, str]) -> bool:
+    """Whether a plan names any module of ``model``."""
+    paths = [path for path, _ in model.named_modules()]
+    return any(re.fullmatch(start + _expression(key), path) for key in plan for path in paths)
+
+
+def _rules(model: nn.Module, start: str, key: str, style: str) -> Iterator[TPLayerSpec]:
+    """The rules of one entry; ``start`` is an expression for what comes before it."""
+    path = start + _expression(key)
     patterns = [rf"{path}\.weight$", rf"{path}$"]
     if style in _STYLES:
         yield TPLayerSpec(patterns, **_STYLES[style])

@@ -61,9 +61,11 @@ def followed(
 
     def given(arguments: Any, mine: Any) -> Any:
         return tree_map(
-            lambda a, b: Operand(tuple(a.shape), known.get(recorder.origin(a), Placement.replicated(a.ndim)), a.dtype)
-            if isinstance(a, Tensor)
-            else b,
+            lambda a, b: (
+                Operand(tuple(a.shape), known.get(recorder.origin(a), Placement.replicated(a.ndim)), a.dtype)
+                if isinstance(a, Tensor)
+                else b
+            ),
             arguments,
             mine,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,3 +143,23 @@ def test_the_models_own_plan_is_taken_whatever_its_styles(model_type: str) -> No
     plan = config_plan(small_model(small_config(model_type)))
     assert any(e.source == "model plan" and not e.layout.is_replicated for e in plan.parameters.values())
     assert not plan.blockers
+
+
+@pytest.mark.parametrize("child", ["", "model."], ids=["itself", "in a child"])
+def test_a_config_with_a_plan_is_read_of_any_model(child: str) -> None:
+    layers = [module(up=nn.Linear(8, 12), down=nn.Linear(12, 8)) for _ in range(2)]
+    inner = module(layers=nn.ModuleList(layers))
+    model = module(model=inner) if child else inner
+    plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+    set_attributes(model, config=SimpleNamespace(base_model_tp_plan=plan))
+    specs = model_plan(model).layer_specs
+    assert [spec.partition_type for spec in specs] == [COLUMN, ROW]
+    assert matches(specs[0], f"{child}layers.1.up.weight")
+    assert matches(specs[1], f"{child}layers.0.down.weight")
+    assert not matches(specs[0], f"{child}layers.1.down.weight")
+
+
+def test_a_block_of_a_model_that_has_a_plan_is_none() -> None:
+    block = module(up=nn.Linear(8, 12))
+    set_attributes(block, config=SimpleNamespace(base_model_tp_plan={"layers.*.up": "colwise"}))
+    assert not model_plan(module(block=block)).layer_specs
