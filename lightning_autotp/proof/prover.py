@@ -153,7 +153,7 @@ def _kept(model: nn.Module) -> tuple[Optional[nn.Module], str]:
     if size > LARGEST:
         return None, f"it has {size:,} parameters, too many to be proved by values"
     fill(made, model)
-    return made, ""
+    return made.to("cpu"), ""  # a LightningModule remembers where it was
 
 
 def _rows(batch: Any, tp_size: int) -> list[Optional[int]]:
