@@ -27,6 +27,9 @@ _SKIPPED = {
 }
 
 
+_SIZES = {getattr(Tensor.shape, "__get__"), Tensor.size}  # noqa: B009 - mypy knows no such attribute
+
+
 class Key(NamedTuple):
     """Where an event is: the module's path, the line, the function and how often it was called there before."""
 
@@ -66,6 +69,8 @@ class Events(TorchFunctionMode):
         """The events that made what an event reads."""
         self.numbers: dict[Key, list[float]] = {}
         """The fractions that an event computes with."""
+        self.sizes: dict[Key, tuple[int, ...]] = {}
+        """The shapes that code reads."""
         self.failed: list[Key] = []
         """The events that made what the operator read that failed."""
         self._entered: list[list[Key]] = []
@@ -76,6 +81,8 @@ class Events(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
+        if func in _SIZES and not (self._paused or self._inside):
+            self._note_size(args[0])
         if self._paused or self._inside or name in _SKIPPED or "empty" in name:
             return func(*args, **(kwargs or {}))
         leaves = tree_leaves((args, kwargs))
@@ -95,6 +102,13 @@ class Events(TorchFunctionMode):
                     self.operands[key] = made_by
                     self.numbers[key] = [leaf for leaf in leaves if isinstance(leaf, float)]
         return out
+
+    def _note_size(self, tensor: Tensor) -> None:
+        line = calling_line(2)
+        if line is not None:
+            place = (self._stack[-1], line, "shape")
+            self.sizes[Key(*place, self._count[place])] = tuple(tensor.shape)
+            self._count[place] += 1
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -27,7 +27,8 @@ def first_difference(full: Events, ranks: Sequence[Events]) -> str:
         if found is None:
             where = f"the first value that differs is that of {key}, {list(value.shape)}"
             what = f"the ranks hold {_shapes(local)}, no part and no partial sum of it."
-            return f"{where}; {what}{_numbers(key, full, ranks)}{_comes_of(full.operands.get(key, ()), full)}"
+            came = f"{_comes_of(full.operands.get(key, ()), full)}{_sizes(key, full, ranks)}"
+            return f"{where}; {what}{_numbers(key, full, ranks)}{came}"
         relations[key] = found
     return _gradient(full, ranks, relations)
 
@@ -85,6 +86,17 @@ def _numbers(key: Key, full: Events, ranks: Sequence[Events]) -> str:
         if mine and theirs and mine != theirs:
             return f" Rank {place} computes with {theirs}, the full model with {mine}."
     return ""
+
+
+def _sizes(key: Key, full: Events, ranks: Sequence[Events]) -> str:
+    """Where code of the same module reads sizes that are a rank's own."""
+    lines = [
+        read.line
+        for read, shape in full.sizes.items()
+        if read.module == key.module and any(rank.sizes.get(read, shape) != shape for rank in ranks)
+    ]
+    shown = ", ".join(list(dict.fromkeys(lines))[:_SHOWN])
+    return f" Sizes that are a rank's own are read at {shown}." if lines else ""
 
 
 def _shapes(tensors: Sequence[Tensor]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
 from lightning_autotp.compat import tree_map
@@ -90,7 +91,8 @@ class Prover:
         if self._copy is None:
             return Proof(_unknown(self._reason))
         try:
-            return self._prove(self._copy, model, look)
+            with torch.inference_mode(False), torch.enable_grad():  # a Trainer evaluates without
+                return self._prove(self._copy, model, look)
         except Exception as error:
             return Proof(_unknown(f"the proof failed ({type(error).__name__}: {error})"))
 

@@ -332,16 +332,17 @@ def _message(error: BaseException) -> str:
 
 def _double(value: Any) -> Any:
     is_real = isinstance(value, Tensor) and value.is_floating_point()
-    return value.detach().cpu().double() if is_real else _on_cpu(value)
+    return _on_cpu(value).double() if is_real else _on_cpu(value)
 
 
 def _single(value: Any) -> Any:
     is_half = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    return value.detach().cpu().float() if is_half else _on_cpu(value)
+    return _on_cpu(value).float() if is_half else _on_cpu(value)
 
 
 def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+    # a clone, because a tensor that was made in inference mode is of no use outside of it
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 def _cast_model(model: nn.Module, cast: Callable[[Any], Any]) -> None:

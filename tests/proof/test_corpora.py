@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lightning_autotp import AutoTPStrategy
 from lightning_autotp.config.training_config import TPTrainingConfig
@@ -20,7 +22,7 @@ from tests.helpers.nets import NETS
 from tests.helpers.nets.frame import Net
 from tests.helpers.nets.step_frame import Step
 from tests.helpers.nets.steps import LATE, STEPS
-from tests.helpers.small_nets import alone, parts_of, trainer, weights
+from tests.helpers.small_nets import RULES, Regressor, Rows, alone, parts_of, trainer, weights
 
 NAMED = 0.9
 """How many of the wrong ones must be refuted with the very line; the others name one that follows from it."""
@@ -109,3 +111,14 @@ def test_a_step_that_becomes_wrong_later_is_refuted_before_it_is_taken_or_made_r
                 want, step.train_dataloaders()
             )
         assert_close(weights(model), parts_of(model, weights(want)), 1e-4, "weight")
+
+
+@pytest.mark.parametrize("off", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("stage", ["training", "predict"])
+def test_a_step_is_proved_where_gradients_are_off(stage: str, off: Any) -> None:
+    config, model = TPTrainingConfig(partition_config=RULES), Regressor()
+    prover = Prover(model, make_plan(model, config, 2), config)
+    prover.sharded(model)
+    with off():
+        verdict = prover.prove(model, Look(stage, (Rows().rows * 1, 0))).verdict
+    assert verdict.kind == "proved", verdict
