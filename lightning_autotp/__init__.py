@@ -1,5 +1,6 @@
 """Tensor parallel training in PyTorch Lightning: ``Trainer(strategy=AutoTPStrategy(autotp_size=4))``."""
 
+from lightning_autotp.checkpoint.pretrained import from_pretrained
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.losses.functional import cross_entropy, linear_cross_entropy
 from lightning_autotp.plans.plan import ShardingPlan
@@ -20,6 +21,7 @@ __all__ = [
     "TPLayerSpec",
     "TPTrainingConfig",
     "cross_entropy",
+    "from_pretrained",
     "linear_cross_entropy",
     "make_plan",
     "merge_autotp_configs",

@@ -16,7 +16,12 @@ import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed import _symmetric_memory as symmetric_memory  # registers torch.ops.symm_mem
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
@@ -30,6 +35,7 @@ __all__ = [
     "AnyDropout",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
+    "FakeTensor",
     "FakeTensorMode",
     "GroupedExpertsFunctions",
     "TorchDispatchMode",
@@ -39,6 +45,7 @@ __all__ = [
     "autocast_dtype",
     "can_set_experts_implementation",
     "collect_random_state",
+    "convert_checkpoint",
     "experts_implementation",
     "flop_registry",
     "foreach_copy_",
@@ -56,6 +63,8 @@ __all__ = [
     "initializes_others",
     "is_compiled_in_place",
     "is_compiled_module",
+    "keep_initialized",
+    "loading_checkpoints_by",
     "make_wrapper_subclass",
     "nccl_options",
     "no_init_weights",
@@ -260,6 +269,37 @@ def initializes_others(module: nn.Module) -> bool:
 def initialize_inside(hf_model: Any, module: nn.Module) -> None:
     """Initialize ``module``'s own tensors as the Hugging Face model around it does."""
     hf_model._init_weights(module)
+
+
+def keep_initialized(tensor: Tensor) -> None:
+    """Have transformers leave ``tensor`` as it is when it initializes the module that holds it."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def loading_checkpoints_by(load: Callable[[Any, Any, Any, Any], Any]) -> Iterator[None]:
+    """Have ``from_pretrained`` call ``load(model, state dict or None, files or None, settings)`` to load a checkpoint.
+
+    What it returns is transformers' report of missing, unexpected and mismatched keys. Everything before and after that
+    stays transformers' own: the model on the meta device, missing keys, tied weights, the report that users see.
+    """
+    from transformers import PreTrainedModel
+
+    def load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> tuple[Any, None]:
+        return load(model, state_dict, checkpoint_files, load_config), None
+
+    with mock.patch.object(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained_model)):
+        yield
+
+
+def convert_checkpoint(hf_model: Any, tensors: dict[str, Tensor], settings: Any) -> Any:
+    """Rename, convert and set the tensors of a checkpoint in a Hugging Face model; returns transformers' report."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    report, _ = convert_and_load_state_dict_in_model(model=hf_model, state_dict=tensors, load_config=settings)
+    return report
 
 
 def given_loss_function(hf_model: nn.Module) -> Any:

@@ -4,9 +4,10 @@ A :class:`Layout` is the one source of every offset: sharding at setup, gatherin
 and the table shown to people are all derived from its boxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Optional
 
 import torch
@@ -22,6 +23,40 @@ class Box:
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
+
+    @classmethod
+    def full(cls, shape: Sequence[int]) -> "Box":
+        """All of a tensor of ``shape``."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    def overlap(self, other: "Box") -> Optional["Box"]:
+        """What both hold, None if that is nothing."""
+        starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset))
+        ends = (min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size))
+        size = tuple(end - start for start, end in zip(starts, ends))
+        return Box(starts, size) if all(length > 0 for length in size) else None
+
+    def view(self, tensor: Tensor, held: Optional["Box"] = None) -> Tensor:
+        """A view of this box of ``tensor``, which holds the box ``held`` (None: all) of the full tensor."""
+        for dim, (start, length) in enumerate(zip(self.offset, self.size)):
+            tensor = tensor.narrow(dim, start if held is None else start - held.offset[dim], length)
+        return tensor
+
+    def pieces(self, most: int) -> Iterator["Box"]:
+        """Boxes of at most ``most`` elements that tile this one, each of them contiguous in it.
+
+        >>> [piece.size for piece in Box((0, 0), (5, 3)).pieces(6)]
+        [(2, 3), (2, 3), (1, 3)]
+        """
+        if prod(self.size) <= most:
+            yield self
+            return
+        dim = next(at for at, length in enumerate(self.size) if length > 1)
+        rows = max(1, most // prod(self.size[dim + 1 :]))
+        for start in range(0, self.size[dim], rows):
+            offset, size = list(self.offset), list(self.size)
+            offset[dim], size[dim] = offset[dim] + start, min(rows, size[dim] - start)
+            yield from Box(tuple(offset), tuple(size)).pieces(most)
 
 
 @dataclass(frozen=True)
@@ -121,7 +156,7 @@ class Layout:
     def boxes(self, rank: int) -> tuple[Box, ...]:
         """The boxes of the full tensor that ``rank`` holds, in local order."""
         if self.dim is None:
-            return (Box((0,) * len(self.shape), self.shape),)
+            return (Box.full(self.shape),)
         before, after = self.shape[: self.dim], self.shape[self.dim + 1 :]
         return tuple(
             Box((*(0 for _ in before), start, *(0 for _ in after)), (*before, length, *after))

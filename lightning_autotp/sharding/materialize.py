@@ -1,58 +1,144 @@
-"""Give every parameter what this rank holds of it: from the weights of rank 0, or initialized from the meta device."""
+"""Give every parameter what this rank holds of it: from rank 0's weights, from files, or initialized from meta."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.compat import initialize_inside, initializes_others
+from lightning_autotp.compat import FakeTensor, initialize_inside, initializes_others, keep_initialized
 from lightning_autotp.distributed.mesh import Mesh
-from lightning_autotp.layout.layout import Layout
+from lightning_autotp.layout.layout import Box, Layout
+from lightning_autotp.sharding.adapters import create_adapters
+from lightning_autotp.sharding.agreement import agreed_tensors, from_rank_zero
+from lightning_autotp.sharding.full_models import warn_of_full_models
+from lightning_autotp.sharding.sources import Source, forget_sources, sources_of
 
 
 def load_parts(model: nn.Module, layouts: dict[str, Layout], mesh: Mesh, device: torch.device) -> None:
-    """Give every parameter this rank's part and every buffer its place, in the order in which models initialize."""
-    waiting = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    """Give every parameter this rank's part and every buffer its place, in the order in which models initialize.
+
+    What the ranks hold alike, each of them takes its part of: from memory, which may be a file's, or from the source
+    that reads the file. What differs comes from rank 0.
+    """
+    create_adapters(model)
+    sources = sources_of(model)
     by_id = {id(p): layouts[name] for name, p in model.named_parameters(remove_duplicate=False)}
-    created: dict[int, nn.Parameter] = {}
-    for module, initialize in _with_initializers(model, None):
-        old = {name: p for name, p in module._parameters.items() if p is not None}
-        if any(t.is_meta for t in [*old.values(), *_buffers(module).values()]):
-            _create(module, device, created)
-            initialize()
-        for name, original in old.items():
-            waiting[id(original)] -= 1
-            if not waiting[id(original)]:  # a tied parameter is initialized by each of its modules, then cut once
-                _cut(module._parameters[name], by_id[id(original)], mesh, device)  # type: ignore[arg-type]
-        for name, buffer in _buffers(module).items():
-            module._buffers[name] = _from_rank_zero(buffer, mesh, device)
+    warn_of_full_models(model, by_id, mesh)
+    parts = _Parts(mesh, device, sources, agreed_tensors(model, sources, mesh), by_id)
+    parts.load(model)
+    forget_sources(model)
 
 
-def _cut(parameter: nn.Parameter, layout: Layout, mesh: Mesh, device: torch.device) -> None:
-    parameter.grad = None
-    parameter.data = layout.shard(_from_rank_zero(parameter.data, mesh, device), mesh.tp_rank)
+@torch.no_grad()
+def load_full(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter and buffer of ``model`` that lies in a file its full values, without any sharding."""
+    create_adapters(model)
+    read: dict[int, Tensor] = {}
+    sources = sources_of(model)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) in sources:
+                    if id(tensor) not in read:
+                        layout = Layout.replicated(tensor.shape, 1)
+                        read[id(tensor)] = _like(tensor, _read(tensor, sources[id(tensor)], layout, 0, device))
+                    tensors[name] = read[id(tensor)]  # type: ignore[assignment]
+    forget_sources(model)
 
 
-def _from_rank_zero(tensor: Tensor, mesh: Mesh, device: torch.device) -> Tensor:
-    tensor = tensor.to(device).contiguous()
-    if mesh.tp_size * mesh.dp_size > 1 and tensor.numel():
-        mesh.collectives.broadcast(tensor.view(-1).view(torch.uint8))  # bytes: backends know few dtypes
-    return tensor
+@dataclass
+class _Parts:
+    """What :func:`load_parts` knows; tensors go by their ids before it."""
+
+    mesh: Mesh
+    device: torch.device
+    sources: Mapping[int, Source]
+    agreed: set[int]
+    layouts: Mapping[int, Layout]
+    made: dict[int, nn.Parameter] = field(default_factory=dict)
+    """Parameters in place of those on the meta device; one that is shared is made once."""
+
+    def load(self, model: nn.Module) -> None:
+        waiting: dict[int, int] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                waiting[id(parameter)] = waiting.get(id(parameter), 0) + 1
+        for module, initialize in _with_initializers(model, None):
+            old = {name: p for name, p in module._parameters.items() if p is not None}
+            buffers = {name: b for name, b in module._buffers.items() if b is not None}
+            if any(t.is_meta and id(t) not in self.sources for t in [*old.values(), *buffers.values()]):
+                self._create(module)
+                initialize()
+            for name, original in old.items():
+                waiting[id(original)] -= 1
+                if original.is_meta and id(original) in self.sources:
+                    module._parameters[name] = self._from_source(original)
+                elif not waiting[id(original)]:  # a tied parameter is initialized by each of its modules, then cut once
+                    self._cut(module._parameters[name], original)  # type: ignore[arg-type]
+            for name, buffer in buffers.items():
+                module._buffers[name] = self._buffer(module._buffers[name], buffer)  # type: ignore[arg-type]
+
+    def _create(self, module: nn.Module) -> None:
+        """Empty full tensors for what ``module`` itself has on the meta device and in no file."""
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) in self.sources:
+                keep_initialized(parameter)
+                continue
+            if id(parameter) not in self.made:
+                self.made[id(parameter)] = _like(parameter, torch.empty_like(parameter, device=self.device))  # type: ignore[assignment]
+            module._parameters[name] = self.made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                if id(buffer) in self.sources:
+                    keep_initialized(buffer)
+                else:
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+
+    def _from_source(self, original: nn.Parameter) -> nn.Parameter:
+        if id(original) not in self.made:
+            layout = self.layouts[id(original)]
+            self.made[id(original)] = _like(original, self._part(original, original, layout))  # type: ignore[assignment]
+        return self.made[id(original)]
+
+    def _cut(self, parameter: nn.Parameter, original: nn.Parameter) -> None:
+        parameter.grad = None
+        parameter.data = self._part(parameter.data, original, self.layouts[id(original)])
+
+    def _buffer(self, buffer: Tensor, original: Tensor) -> Tensor:
+        return self._part(buffer, original, Layout.replicated(buffer.shape, self.mesh.tp_size))
+
+    def _part(self, full: Tensor, original: Tensor, layout: Layout) -> Tensor:
+        """This rank's part of ``full``, which the ids of ``original`` speak of."""
+        rank, source = self.mesh.tp_rank, self.sources.get(id(original))
+        if id(original) in self.agreed:
+            if source is not None:
+                return _read(full, source, layout, rank, self.device)
+            return layout.shard(full, rank).to(self.device).contiguous()
+
+        def read(box: Box, out: Tensor) -> None:
+            if source is not None:
+                source.read([box], [out])
+            else:
+                out.copy_(box.view(full))
+
+        return from_rank_zero(read, full.dtype, layout, self.mesh, self.device)
 
 
-def _create(module: nn.Module, device: torch.device, created: dict[int, nn.Parameter]) -> None:
-    """Empty full tensors for what ``module`` itself has on the meta device; a shared parameter is created once."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_meta:
-            if id(parameter) not in created:
-                empty = torch.empty_like(parameter, device=device)
-                created[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            module._parameters[name] = created[id(parameter)]
-    for name, buffer in _buffers(module).items():
-        if buffer.is_meta:
-            module._buffers[name] = torch.empty_like(buffer, device=device)
+def _read(tensor: Tensor, source: Source, layout: Layout, rank: int, device: torch.device) -> Tensor:
+    local = torch.empty(layout.local_shape(rank), dtype=tensor.dtype, device=device)
+    if not isinstance(local, FakeTensor):  # an estimate needs no values
+        source.read(layout.boxes(rank), layout.split(local, rank))
+    return local
+
+
+def _like(original: Tensor, values: Tensor) -> Tensor:
+    """``values`` as a parameter, if that is what ``original`` is."""
+    is_parameter = isinstance(original, nn.Parameter)
+    return nn.Parameter(values, requires_grad=original.requires_grad) if is_parameter else values
 
 
 def _with_initializers(model: nn.Module, hf_model: Any, path: str = "") -> Iterator[tuple[nn.Module, Any]]:
@@ -87,7 +173,3 @@ def _initialize(module: nn.Module, hf_model: Any, path: str) -> None:
         " `reset_parameters()` that could give its parameters and buffers their values; define it, or build the model"
         " on the CPU."
     )
-
-
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
