@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MethodType
 from typing import Any, Union
 
@@ -13,6 +14,7 @@ from lightning_autotp.checkpoint.pretrained_files import Files
 from lightning_autotp.checkpoint.pretrained_tensors import InFile, InMemory, Stored, StoredTensor
 from lightning_autotp.compat import convert_checkpoint, loading_checkpoints_by
 from lightning_autotp.layout.layout import Box
+from lightning_autotp.sharding.adapters import create_adapters
 from lightning_autotp.sharding.materialize import load_full
 from lightning_autotp.sharding.sources import set_source, sources_of
 
@@ -58,7 +60,7 @@ def from_pretrained(model_class: Any, path_or_hub_id: Union[str, os.PathLike[str
         loaded = model_class.from_pretrained(path_or_hub_id, *args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _to_meta(model, " ".join(origins))
-    _load_when_moved(model)
+    _read_when_needed(model)
     return loaded
 
 
@@ -108,9 +110,10 @@ def _to_meta(model: nn.Module, origin: str) -> None:
                 set_source(module, name, made[id(tensor)], PretrainedTensor(stored, origin))
 
 
-def _load_when_moved(model: Any) -> None:
-    """Have ``model`` read its weights in full when somebody moves it off the meta device, and refuse to be resized."""
+def _read_when_needed(model: Any) -> None:
+    """Have ``model`` read weights in full when somebody moves it off the meta device, or loads others over them."""
     model._apply = MethodType(_apply, model)
+    model.register_load_state_dict_pre_hook(_read_what_is_loaded)
     model.resize_token_embeddings = _refuse_to_resize
 
 
@@ -120,11 +123,21 @@ def _apply(model: Any, function: Any, recurse: bool = True) -> nn.Module:
             function(torch.empty(0, device="meta"))
         except NotImplementedError:  # torch moves no meta tensors
             load_full(model, torch.device("cpu"))
-    else:
+    if not sources_of(model):  # read in full, or sharded
         for name in ("_apply", "resize_token_embeddings"):
             vars(model).pop(name, None)
     applied: nn.Module = type(model)._apply(model, function, recurse)
     return applied
+
+
+def _read_what_is_loaded(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # torch copies nothing into a tensor on the meta device
+    create_adapters(model)
+    sources = sources_of(model)
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    load_full(
+        model, torch.device("cpu"), {id(x) for name, x in tensors if id(x) in sources and prefix + name in state_dict}
+    )
 
 
 def _refuse_to_resize(*_: Any, **__: Any) -> None:

@@ -1,10 +1,12 @@
 """LoRA adapters on the meta device: PEFT moves them there with their base layers, and forgets their values."""
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from lightning_autotp.sharding.sources import sources_of
 
 _AS_PEFT_DOES = (True, False, "gaussian")
 
@@ -17,6 +19,7 @@ def create_adapters(model: nn.Module) -> None:
         ValueError: if they are to begin from the values of their base layers.
     """
     configs: dict[str, Any] = {}
+    sources = sources_of(model)  # of adapters that were loaded with their model
     for module in model.modules():
         found = getattr(module, "peft_config", None)
         configs.update(found if isinstance(found, dict) else {})
@@ -24,7 +27,8 @@ def create_adapters(model: nn.Module) -> None:
         if hasattr(layer, "reset_lora_parameters"):
             for adapter, config in configs.items():
                 holders = list(_holders(layer, adapter))
-                if any(tensor.is_meta for holder, name in holders if (tensor := _tensor(holder, name)) is not None):
+                tensors = (holder._parameters.get(name) for holder, name in holders)
+                if any(tensor is not None and tensor.is_meta and id(tensor) not in sources for tensor in tensors):
                     _create(layer, adapter, holders, config.init_lora_weights, path)
 
 
@@ -38,10 +42,6 @@ def _holders(layer: Any, adapter: str) -> Iterator[tuple[nn.Module, str]]:
             yield getattr(layer, half), adapter
 
 
-def _tensor(holder: nn.Module, name: str) -> Optional[Tensor]:
-    return holder._parameters.get(name)
-
-
 def _create(layer: Any, adapter: str, holders: list[tuple[nn.Module, str]], init: Any, path: str) -> None:
     if init not in _AS_PEFT_DOES:
         raise ValueError(
@@ -49,7 +49,7 @@ def _create(layer: Any, adapter: str, holders: list[tuple[nn.Module, str]], init
             " read yet; load the model with transformers' own `from_pretrained`, or use init_lora_weights=True."
         )
     for holder, name in holders:
-        tensor = _tensor(holder, name)
+        tensor = holder._parameters.get(name)
         if tensor is not None:
             empty = torch.empty_like(tensor, device="cpu")
             holder._parameters[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)

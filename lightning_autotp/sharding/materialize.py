@@ -1,8 +1,8 @@
 """Give every parameter what this rank holds of it: from rank 0's weights, from files, or initialized from meta."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +32,26 @@ def load_parts(model: nn.Module, layouts: dict[str, Layout], mesh: Mesh, device:
 
 
 @torch.no_grad()
-def load_full(model: nn.Module, device: torch.device) -> None:
-    """Give every parameter and buffer of ``model`` that lies in a file its full values, without any sharding."""
+def load_full(model: nn.Module, device: torch.device, only: Optional[Container[int]] = None) -> None:
+    """Give parameters and buffers of ``model`` that lie in files their full values, without any sharding.
+
+    Args:
+        model: the model.
+        device: where to put them.
+        only: their ids; None reads all.
+    """
     create_adapters(model)
     read: dict[int, Tensor] = {}
     sources = sources_of(model)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) in sources:
-                    if id(tensor) not in read:
-                        layout = Layout.replicated(tensor.shape, 1)
-                        read[id(tensor)] = _like(tensor, _read(tensor, sources[id(tensor)], layout, 0, device))
-                    tensors[name] = read[id(tensor)]  # type: ignore[assignment]
-    forget_sources(model)
+                if tensor is None or id(tensor) not in sources or (only is not None and id(tensor) not in only):
+                    continue
+                if id(tensor) not in read:
+                    layout = Layout.replicated(tensor.shape, 1)
+                    read[id(tensor)] = _like(tensor, _read(tensor, sources[id(tensor)], layout, 0, device))
+                tensors[name] = read[id(tensor)]  # type: ignore[assignment]
 
 
 @dataclass
