@@ -69,6 +69,7 @@ __all__ = [
     "nccl_options",
     "no_init_weights",
     "optimizers_to_device",
+    "quantization_of",
     "reduce_scatter_single",
     "scaler_settings",
     "set_random_state",
@@ -300,6 +301,14 @@ def convert_checkpoint(hf_model: Any, tensors: dict[str, Tensor], settings: Any)
 
     report, _ = convert_and_load_state_dict_in_model(model=hf_model, state_dict=tensors, load_config=settings)
     return report
+
+
+def quantization_of(settings: Any) -> Optional[str]:
+    """The name of the quantization that a checkpoint's weights keep when it is loaded by ``settings``, if they do."""
+    if settings.hf_quantizer is None or getattr(settings.hf_quantizer.quantization_config, "dequantize", False):
+        return None
+    method = settings.hf_quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
 
 
 def given_loss_function(hf_model: nn.Module) -> Any:

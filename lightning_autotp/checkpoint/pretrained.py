@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_autotp.checkpoint.pretrained_files import Files
 from lightning_autotp.checkpoint.pretrained_tensors import InFile, InMemory, Stored, StoredTensor
-from lightning_autotp.compat import convert_checkpoint, loading_checkpoints_by
+from lightning_autotp.compat import convert_checkpoint, loading_checkpoints_by, quantization_of
 from lightning_autotp.layout.layout import Box
 from lightning_autotp.sharding.adapters import create_adapters
 from lightning_autotp.sharding.materialize import load_full
@@ -44,7 +44,8 @@ def from_pretrained(model_class: Any, path_or_hub_id: Union[str, os.PathLike[str
         **kwargs: as it takes them: ``dtype``, ``attn_implementation``, ``config``, ``revision`` and so on.
 
     Raises:
-        ValueError: if an argument cannot be kept in this way, such as ``device_map``; the message names it.
+        ValueError: if an argument cannot be kept in this way, such as ``device_map``, or the weights would stay
+            quantized; the message names it.
     """
     for name, reason in _REFUSED.items():
         if kwargs.get(name) is not None:
@@ -52,6 +53,13 @@ def from_pretrained(model_class: Any, path_or_hub_id: Union[str, os.PathLike[str
     origins: list[str] = []
 
     def load(model: Any, state_dict: Any, paths: Any, settings: Any) -> Any:
+        quantization = quantization_of(settings)
+        if quantization is not None:
+            raise ValueError(
+                f"{path_or_hub_id}: its weights would stay quantized ({quantization}), and cannot be sharded; where"
+                " transformers can dequantize them, ask for it, as `quantization_config=FineGrainedFP8Config("
+                "dequantize=True)` does for fp8."
+            )
         tensors, origin = _stored(paths or ())
         origins.append(origin)
         return convert_checkpoint(model, tensors, settings)

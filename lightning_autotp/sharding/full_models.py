@@ -13,7 +13,7 @@ from lightning_autotp.compat import FakeTensor, initializes_others
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 
-NEEDLESS = 2**30
+NEEDLESS = 2**28
 """Bytes that a process may hold beyond its part without a word."""
 
 
