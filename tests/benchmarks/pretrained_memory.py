@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 4 tests/benchmarks/pretrained_memory.py /tmp/a-model --way stream [--dtype float32]
 
 The first run makes the folder: a synthetic Llama (or Mixtral) in bf16. Ways: ``stream`` is
-``lightning_autotp.from_pretrained``, ``ordinary`` is transformers' own, ``whole`` is transformers' own without sharding.
+``lightning_autotp.from_pretrained``, ``ordinary`` is transformers' own, ``whole`` is that without sharding.
 Prints one line of JSON a rank: MiB of its shard, of anonymous memory at the peak and afterwards, and the seconds.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,8 +21,8 @@ from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.sharding.shard import shard
-from tests.helpers.models import next_token_loss, quiet_trainer, token_batches, token_loader
-from tests.helpers.small_nets import parts_of, weights
+from tests.helpers.models import next_token_loss, quiet_trainer, token_loader
+from tests.helpers.small_nets import weights
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(10).view(2, 5)
@@ -32,7 +32,8 @@ def saved(folder: Path, model_type: str = "llama", dtype: torch.dtype = torch.fl
     """A small model as transformers writes it."""
     config = small_config(model_type)
     config.tie_word_embeddings = options.pop("tied", config.tie_word_embeddings)
-    small_model(config).to(dtype).save_pretrained(folder, **options)
+    model: Any = small_model(config)
+    model.to(dtype).save_pretrained(folder, **options)
     return folder
 
 
@@ -49,7 +50,7 @@ def logits(model: Any) -> Tensor:
 
 
 def check(load: Callable[[Callable[..., Any]], nn.Module], *, tokens: bool = True) -> None:
-    """``load`` makes a model by the ``from_pretrained`` it is given: ours, sharded over 2, is a part of transformers'."""
+    """``load`` builds with the ``from_pretrained`` it is given: with ours, sharded, parts of transformers' model."""
     torch.manual_seed(3)
     want = load(lambda model_class, *args, **kwargs: model_class.from_pretrained(*args, **kwargs))
     full = dict(want.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""LoRA on a model that is not read yet: base weights from the files, adapters as PEFT begins them or as they were saved."""
+"""LoRA on a model that is not read yet: base weights from the files, adapters begun by PEFT or loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lightning_autotp import TPTrainingConfig, from_pretrained, make_plan
 from lightning_autotp.distributed.lockstep import Lockstep
@@ -25,7 +25,8 @@ SWITCHES = TPTrainingConfig(autotp_size=2)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    small_model(small_config("llama")).save_pretrained(tmp_path / "base")
+    model: Any = small_model(small_config("llama"))
+    model.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -91,7 +92,7 @@ def test_saved_adapters_are_loaded(way: str, folder: Path, tmp_path: Path) -> No
 
 def test_adapters_of_a_model_without_weights_begin_at_zero_too() -> None:
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small_config("llama").to_diff_dict()))
+        base = AutoModelForCausalLM.from_config(small_config("llama"))
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     sharded(model, silent_mesh(2, 1))
     halves = {half: [p for name, p in model.named_parameters() if half in name] for half in ("lora_A", "lora_B")}
@@ -99,8 +100,8 @@ def test_adapters_of_a_model_without_weights_begin_at_zero_too() -> None:
 
 
 def test_adapters_that_begin_from_the_weights_are_refused(folder: Path) -> None:
-    model = from_pretrained(AutoModelForCausalLM, folder)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    base = from_pretrained(AutoModelForCausalLM, folder)
+    model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
     model.peft_config["default"].init_lora_weights = "olora"
     with pytest.raises(ValueError, match=r"q_proj: init_lora_weights='olora' computes adapters from the values"):
         sharded(model, silent_mesh(2))
