@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lightning_autotp
 from lightning_autotp import TPTrainingConfig, make_plan
-from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.distributed.mesh import Mesh, build_mesh
 from lightning_autotp.sharding.shard import shard
 
 MIB = 2**20
@@ -69,9 +68,9 @@ def make(folder: Path, model_type: str, layers: int, hidden: int, tied: bool) ->
     model.save_pretrained(folder, max_shard_size="500MB")
 
 
-def load(given: argparse.Namespace) -> nn.Module:
+def load(given: argparse.Namespace, way: str) -> nn.Module:
     dtype = {} if given.dtype is None else {"dtype": getattr(torch, given.dtype)}
-    if given.way == "stream":
+    if way == "stream":
         model = lightning_autotp.from_pretrained(AutoModelForCausalLM, given.folder, **dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(given.folder, **dtype)
@@ -83,10 +82,32 @@ def load(given: argparse.Namespace) -> nn.Module:
     return loaded
 
 
+def measure(given: argparse.Namespace, way: str, mesh: Mesh) -> dict[str, Any]:
+    """Load and shard a model, and say what that took."""
+    switches = TPTrainingConfig(autotp_size=mesh.tp_size)
+    dist.barrier()
+    base, start = anonymous(), time.perf_counter()
+    with Peak() as peak:
+        model = load(given, way)
+        if way == "whole":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        else:
+            shard(model, make_plan(model, switches), mesh, switches, device=torch.device("cpu"))
+    return {
+        "way": way,
+        "rank": mesh.tp_rank,
+        "shard": round(sum(p.numel() * p.element_size() for p in model.parameters()) / MIB, 1),
+        "peak": round(peak.most - base, 1),
+        "after": round(anonymous() - base, 1),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--way", choices=("stream", "ordinary", "whole"), default="stream")
+    parser.add_argument("--way", nargs="+", choices=("stream", "ordinary", "whole"), default=["stream"])
     parser.add_argument("--dtype")
     parser.add_argument("--model-type", default="llama")
     parser.add_argument("--layers", type=int, default=4)
@@ -97,45 +118,19 @@ def main() -> None:
     dist.init_process_group("gloo")
     if dist.get_rank() == 0 and not (given.folder / "config.json").exists():
         make(given.folder, given.model_type, given.layers, given.hidden, given.tied)
-        print("made the model; run this again to measure", file=sys.stderr)
-        given.way = ""
-    made = [given.way]
-    dist.broadcast_object_list(made, src=0)
-    if not made[0]:
-        return
     mesh = build_mesh(dist.get_world_size(), TPTrainingConfig().tensor_parallel)
-    switches = TPTrainingConfig(autotp_size=mesh.tp_size)
-    # imports that loading needs are not what it holds
+    # what loading imports is not what it holds
     from safetensors import safe_open  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
-    dist.barrier()
-    base = anonymous()
-    start = time.perf_counter()
-    with Peak() as peak:
-        model = load(given)
-        if given.way == "whole":
-            model = model.to("cpu")
-            for parameter in model.parameters():
-                parameter.data = parameter.data.clone()
-        else:
-            shard(model, make_plan(model, switches), mesh, switches, device=torch.device("cpu"))
-    seconds = time.perf_counter() - start
-    dist.barrier()
-    print(
-        json.dumps(
-            {
-                "rank": mesh.tp_rank,
-                "shard": round(sum(p.numel() * p.element_size() for p in model.parameters()) / MIB, 1),
-                "peak": round(peak.most - base, 1),
-                "after": round(anonymous() - base, 1),
-                "seconds": round(seconds, 2),
-            }
-        ),
-        flush=True,
-    )
-    dist.barrier()
+    if given.lora:
+        import peft  # noqa: F401
+    for way in given.way:
+        found: list[Any] = [None] * mesh.tp_size
+        dist.all_gather_object(found, measure(given, way, mesh))
+        if mesh.tp_rank == 0:
+            print("\n".join(json.dumps(one) for one in found), flush=True)
     dist.destroy_process_group()
 
 
