@@ -64,7 +64,8 @@ def from_pretrained(model_class: Any, path_or_hub_id: Union[str, os.PathLike[str
         origins.append(origin)
         return convert_checkpoint(model, tensors, settings)
 
-    with loading_checkpoints_by(load):
+    # what is not in files is made here and now, though a Trainer's `init_module(empty_init=True)` is around it
+    with loading_checkpoints_by(load), torch.device("cpu"):
         loaded = model_class.from_pretrained(path_or_hub_id, *args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _to_meta(model, " ".join(origins))

@@ -147,6 +147,17 @@ def test_block_fp8_files_are_dequantized(model_type: str, tmp_path: Path) -> Non
     check(lambda load: load(AutoModelForCausalLM, tmp_path, **options))
 
 
+def test_a_context_that_makes_everything_on_meta_changes_nothing(tmp_path: Path) -> None:
+    saved(tmp_path)
+
+    def load(by: Callable[..., Any]) -> nn.Module:
+        with torch.device("meta" if by is from_pretrained else "cpu"):
+            model: nn.Module = by(AutoModelForSequenceClassification, tmp_path, num_labels=3)
+        return model
+
+    check(load, tokens=False)
+
+
 def test_a_copy_of_a_model_that_is_not_read_yet_is_read_too(tmp_path: Path) -> None:
     saved(tmp_path, tied=True)
     check(lambda load: copy.deepcopy(load(AutoModelForCausalLM, tmp_path)))
