@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Optional
+from typing import Any, Optional, Union
 from unittest import mock
 
 import torch
@@ -262,8 +262,8 @@ def tp_plan_of(module: nn.Module) -> Any:
     return getattr(module, "_tp_plan", None)
 
 
-def initializes_others(module: nn.Module) -> bool:
-    """Whether ``module`` is a Hugging Face model, which initializes the modules inside it."""
+def initializes_others(module: Union[nn.Module, type[nn.Module]]) -> bool:
+    """Whether ``module`` is a Hugging Face model (or a class of them), which initializes the modules inside it."""
     return hasattr(module, "_init_weights")
 
 

@@ -60,7 +60,9 @@ def from_pretrained(model_class: Any, path_or_hub_id: Union[str, os.PathLike[str
                 " transformers can dequantize them, ask for it, as `quantization_config=FineGrainedFP8Config("
                 "dequantize=True)` does for fp8."
             )
-        tensors, origin = _stored(paths or ())
+        if not paths:
+            raise ValueError(f"{path_or_hub_id}: there are no files of weights to read.")
+        tensors, origin = _stored(paths)
         origins.append(origin)
         return convert_checkpoint(model, tensors, settings)
 
@@ -76,7 +78,7 @@ def from_pretrained(model_class: Any, path_or_hub_id: Union[str, os.PathLike[str
 def _stored(paths: Sequence[str]) -> tuple[dict[str, Tensor], str]:
     """The tensors of a checkpoint by their names in it, none of them read, and the mark of its files."""
     files = Files(paths)
-    if paths and not paths[0].endswith(".safetensors"):
+    if not paths[0].endswith(".safetensors"):
         found: dict[str, Stored] = {}
         for path in paths:
             mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

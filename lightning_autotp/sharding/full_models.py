@@ -24,9 +24,12 @@ def warn_of_full_models(model: nn.Module, layouts: Mapping[int, Layout], mesh: M
     """
     if mesh.tp_size == 1 or not sys.platform.startswith("linux"):
         return
+    seen: list[str] = []
     for path, module in model.named_modules():
         name = getattr(getattr(module, "config", None), "_name_or_path", "")
-        if initializes_others(module) and name:
+        is_inside = any(path.startswith(f"{outer}.") or not outer for outer in seen)
+        if name and not is_inside and initializes_others(type(module)):  # PEFT's wrappers pass attributes on
+            seen.append(path)
             needless = _needless(module, layouts, mesh)
             if needless > NEEDLESS:
                 rank_zero_warn(
@@ -35,7 +38,6 @@ def warn_of_full_models(model: nn.Module, layouts: Mapping[int, Layout], mesh: M
                     f" {name!r} (another dtype, or weights that it fuses). `lightning_autotp.from_pretrained"
                     f"({type(module).__name__}, {name!r}, ...)` reads only what each process holds."
                 )
-            return
 
 
 def _needless(model: nn.Module, layouts: Mapping[int, Layout], mesh: Mesh) -> int:

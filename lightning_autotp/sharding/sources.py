@@ -34,8 +34,11 @@ def sources_of(model: nn.Module) -> dict[int, Source]:
     found = {}
     for module in model.modules():
         for name, (tensor, source) in vars(module).get(_SOURCES, {}).items():
-            if tensor.is_meta and (module._parameters.get(name) is tensor or module._buffers.get(name) is tensor):
+            if tensor.is_meta and module._parameters.get(name) is tensor:
                 found[id(tensor)] = source
+            buffer = module._buffers.get(name)  # another object after each conversion of the module
+            if buffer is not None and buffer.is_meta and buffer.shape == tensor.shape:
+                found[id(buffer)] = source
     return found
 
 

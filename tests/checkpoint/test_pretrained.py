@@ -96,6 +96,19 @@ def test_a_later_conversion_starts_from_the_rounded_values(tmp_path: Path) -> No
     check(lambda load: load(AutoModelForCausalLM, tmp_path, dtype=torch.bfloat16).to(torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_buffers_that_are_in_the_files_are_read_whatever_is_done_to_the_model(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model: Any = small_model(small_config("glm4_moe"))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.linspace(-1, 1, len(buffer)))
+    model.save_pretrained(tmp_path)
+    assert any(name.endswith("e_score_correction_bias") for name in load_file(tmp_path / "model.safetensors"))
+    check(lambda load: load(AutoModelForCausalLM, tmp_path).to(dtype), tokens=False)
+
+
 def test_tied_weights_over_several_files_stay_one_parameter(tmp_path: Path) -> None:
     saved(tmp_path, tied=True, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
