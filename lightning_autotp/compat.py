@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed import _symmetric_memory as symmetric_memory  # registers torch.ops.symm_mem
+from torch.distributed.checkpoint.filesystem import _StorageInfo as stored_piece
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map
@@ -65,6 +66,7 @@ __all__ = [
     "is_compiled_module",
     "keep_initialized",
     "loading_checkpoints_by",
+    "layout_by_name",
     "make_wrapper_subclass",
     "nccl_options",
     "no_init_weights",
@@ -73,6 +75,7 @@ __all__ = [
     "reduce_scatter_single",
     "scaler_settings",
     "set_random_state",
+    "stored_piece",
     "symmetric_memory",
     "tp_plan_of",
     "tree_iter",
@@ -94,6 +97,9 @@ assert_async: Callable[[Tensor, str], None] = torch._assert_async
 
 foreach_copy_: Any = torch._foreach_copy_
 foreach_norm: Any = torch._foreach_norm
+
+layout_by_name: Callable[[str], torch.layout] = torch.serialization._get_layout
+"""How a pickle names a ``torch.layout``."""
 
 make_wrapper_subclass: Any = torch.Tensor._make_wrapper_subclass
 

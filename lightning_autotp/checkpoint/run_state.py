@@ -6,13 +6,14 @@ has written.
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional, Union
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_autotp.checkpoint.distributed import by_name, by_number, skeleton_of, target_of, view_of
+from lightning_autotp.checkpoint.distributed import by_name, by_number, read_into, skeleton_of, target_of, view_of
+from lightning_autotp.checkpoint.safe_load import Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, optimizer_names
 
@@ -43,7 +44,7 @@ def read_state(
     Raises:
         ValueError: if it is not such a checkpoint, or ``optimizer`` is given and there is no optimizer in it.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = Reader(Path(path)).read_metadata().state_dict_metadata
     if not any(key.startswith(_MODEL) for key in stored):
         raise ValueError(f"{path} is not a checkpoint of a run's state: nothing in it is called `{_MODEL}...`.")
     keys = [key for key in stored if key.startswith(_MODEL)]
@@ -62,7 +63,7 @@ def read_state(
             name, _, entry = key.rpartition(".")
             of_parameters.setdefault(name, {})[entry] = _target(name, stored[_STATE + key], placement)
         state["optimizer"] = {"state": of_parameters, "param_groups": [groups[number] for number in sorted(groups)]}
-    dcp.load(state, checkpoint_id=path)
+    read_into(state, Path(path))
     return state
 
 

@@ -158,6 +158,14 @@ class TPTrainingConfig(_Section):
     every gradient. ``"on"``: a difference is an error that names the line of code, and what could not be looked at a
     warning. ``"warn"``: both are warnings. ``"require"``: both are errors. ``"off"``: no look is taken."""
 
+    unsafe_checkpoint_load: Switch = False
+    """Load anything that a checkpoint holds, which may run code from it; for files that you trust. Without it, a load
+    takes tensors, numbers, strings, paths, lists and dicts, and what `torch.serialization.add_safe_globals` allows."""
+
+    verify_checksums: Switch = False
+    """Before a checkpoint directory is loaded, compare all of it with the checksums recorded when it was saved; without
+    it, sizes, the ids of the save and the small files are compared."""
+
     @model_validator(mode="before")
     @classmethod
     def _one_nested_section(cls, data: Any) -> Any:

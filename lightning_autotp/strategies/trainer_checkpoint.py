@@ -1,15 +1,22 @@
 """What a Lightning strategy does about checkpoints, for a model that tensor parallel ranks share."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
 from lightning_autotp.checkpoint.distributed import load_directory, save_directory
+from lightning_autotp.checkpoint.hf_record import models_in
+from lightning_autotp.checkpoint.publish import write_in_place
+from lightning_autotp.checkpoint.safe_load import load_with, name_what_is_refused, plain
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, local_checkpoint, optimizer_names
+from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.state import sharded
@@ -24,6 +31,7 @@ class CheckpointStrategy(MeshStrategy):
     ``_exclude_frozen_parameters``.
     """
 
+    config: TPTrainingConfig
     _save_distributed_checkpoint: bool
     _exclude_frozen_parameters: bool
 
@@ -85,7 +93,7 @@ class CheckpointStrategy(MeshStrategy):
         if self._save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
-            save_directory(checkpoint, names, self._placement, path)
+            save_directory(checkpoint, names, self._placement, path, models_in(self._module))
             return
         if self.broadcast(path.is_dir()):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
@@ -93,7 +101,12 @@ class CheckpointStrategy(MeshStrategy):
         raised_together(lambda: self._write(full, path, storage_options))
 
     def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
-        if self.is_global_zero:
+        if not self.is_global_zero:
+            return
+        name_what_is_refused(full, path, paths=False)
+        if type(self.checkpoint_io) is TorchCheckpointIO and storage_options is None:
+            write_in_place(path, partial(torch.save, plain(full)))
+        else:
             self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
 
     @override
@@ -101,10 +114,15 @@ class CheckpointStrategy(MeshStrategy):
         path = Path(self.broadcast(checkpoint_path))
         fitting = self._module.trainer.state.fn == TrainerFn.FITTING
         names = self._optimizer_names() if fitting else []  # those of an earlier fit are still there
+        # Lightning's Trainer drops `weights_only` of `fit` on the way here: the switch is the config's
+        unsafe = self.config.unsafe_checkpoint_load or weights_only is False
         if path.is_dir():
-            # as Lightning's other sharded strategies read theirs: its Trainer drops `weights_only` on the way here
-            return load_directory(path, names, self._placement, weights_only=bool(weights_only))
+            all_bytes = self.config.verify_checksums
+            return load_directory(path, names, self._placement, unsafe=unsafe, all_bytes=all_bytes)
+        checkpoint = raised_together(lambda: self._read(path, unsafe))
+        return local_checkpoint(checkpoint, names, self._placement)
+
+    def _read(self, path: Path, unsafe: bool) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"there is no checkpoint at {path}.")
-        checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=bool(weights_only))
-        return local_checkpoint(checkpoint, names, self._placement)
+        return load_with(partial(self.checkpoint_io.load_checkpoint, path, weights_only=not unsafe), str(path))

@@ -152,7 +152,8 @@ def test_overwriting_leaves_nothing_of_what_was_there(before: str, tmp_path: Pat
         (tmp_path / "elsewhere" / "precious").write_text("stays")
         path.symlink_to(tmp_path / "elsewhere")
     want = run_ranks(2, trained, 2, 1, None, path)[0]
-    assert sorted(file.name for file in path.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    made = [".metadata", "__0_0.distcp", "__1_0.distcp", "autotp.json", "meta.pt"]
+    assert sorted(file.name for file in path.iterdir()) == made
     others = {"elsewhere"} if before == "link" else set()
     assert {entry.name for entry in tmp_path.iterdir()} == {"last.ckpt"} | others
     if before == "link":

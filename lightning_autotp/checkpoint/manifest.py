@@ -1,0 +1,193 @@
+"""What a checkpoint directory says of itself (``autotp.json``): its files, their sizes and checksums, who wrote it."""
+
+import json
+import os
+import platform
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Optional
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from lightning_autotp.checkpoint.publish import synchronize
+from lightning_autotp.checkpoint.safe_load import DamagedError
+
+NAME = "autotp.json"
+METADATA, REST = ".metadata", "meta.pt"
+"""The file of DCP's; and that for what is not a tensor of the model or an optimizer, by Lightning's name for it."""
+
+_FORMAT = 1
+_SEAL = b"autotp-save:"
+_SEALED = len(_SEAL) + 32
+_FIX = "Load another checkpoint, or copy this one again from where it was complete."
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written: its length, and the CRC-32 of its bytes."""
+
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint directory says of itself.
+
+    Args:
+        save_id: the name of the save, which is at the end of each shard, too.
+        files: all files but this one, by name.
+        written_by: versions, sizes and time.
+        models: what :mod:`~lightning_autotp.checkpoint.hf_record` says of the Hugging Face models in it.
+    """
+
+    save_id: str
+    files: Mapping[str, Written]
+    written_by: Mapping[str, Any] = field(default_factory=dict)
+    models: Sequence[Mapping[str, Any]] = ()
+
+    def write(self, directory: Path) -> None:
+        """Write it, synchronized."""
+        said: dict[str, Any] = {
+            "format": _FORMAT,
+            "save_id": self.save_id,
+            "written_by": dict(self.written_by),
+            "files": {name: vars(written) for name, written in sorted(self.files.items())},
+            "models": list(self.models),
+        }
+        said["crc32"] = _crc_of(said)
+        path = directory / NAME
+        path.write_text(json.dumps(said, indent=1))
+        synchronize(path)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Optional[Manifest]":
+        """Read it; None where there is none, as in checkpoints of version 0.1.0.
+
+        Raises:
+            DamagedError: if it is not what was written.
+        """
+        path = directory / NAME
+        if not path.is_file():
+            return None
+        try:
+            said = json.loads(path.read_bytes())
+            crc = said.pop("crc32")
+            if crc != _crc_of(said):
+                raise ValueError("its checksum is another")
+            files = {name: Written(**written) for name, written in said["files"].items()}
+            if any(Path(name).name != name for name in files):
+                raise ValueError("it names files outside of the directory")
+            return cls(said["save_id"], files, said["written_by"], said["models"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{directory}: {NAME} is damaged ({error}). {_FIX}") from error
+
+    def check(self, directory: Path) -> None:
+        """Compare sizes and save ids of all files, and the checksums of the small ones.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            DamagedError: if one has another size, is of another save, or has other bytes.
+        """
+        for name, written in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{directory} is not a complete checkpoint: it lacks `{name}`. {_FIX}")
+            size = path.stat().st_size
+            if size != written.size:
+                raise DamagedError(
+                    f"{directory}: {name} has {size} bytes, and {written.size} were written: it is truncated, or of"
+                    f" another save. {_FIX}"
+                )
+            if name in (METADATA, REST):
+                self.check_bytes(directory, [name])
+            elif seal_of(path) != self.save_id:
+                raise DamagedError(
+                    f"{directory}: {name} is of another save than {NAME}: the files of two checkpoints are mixed."
+                    f" {_FIX}"
+                )
+
+    def check_bytes(self, directory: Path, names: Iterable[str]) -> None:
+        """Compare the checksums of some files.
+
+        Raises:
+            DamagedError: if one has other bytes than were written.
+        """
+        for name in names:
+            if crc_of_file(directory / name) != self.files[name].crc32:
+                raise DamagedError(
+                    f"{directory}: {name} does not have the bytes that were written: it is damaged, or of another save."
+                    f" {_FIX}"
+                )
+
+
+def seal(path: Path, save_id: str) -> Written:
+    """Write the save's id behind what DCP reads of a shard, and have it all on the disk."""
+    with path.open("ab") as stream:
+        stream.write(_SEAL + save_id.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+    return finished(path)
+
+
+def seal_of(path: Path) -> str:
+    """The id of the save that a shard belongs to; empty if it has none."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - _SEALED))
+        end = stream.read()
+    return end[len(_SEAL) :].decode(errors="replace") if end.startswith(_SEAL) else ""
+
+
+def finished(path: Path) -> Written:
+    """The size and checksum of a file that is complete."""
+    return Written(path.stat().st_size, crc_of_file(path))
+
+
+def crc_of_file(path: Path) -> int:
+    """The CRC-32 of a file's bytes."""
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def check_lengths(directory: Path, metadata: Metadata) -> None:
+    """Require the shards of a directory without a manifest to be there, and as long as ``metadata`` needs them.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        DamagedError: if one is too short.
+    """
+    needed: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+    for name, size in sorted(needed.items()):
+        path = directory / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} is not a complete checkpoint: it lacks `{name}`. {_FIX}")
+        if path.stat().st_size < size:
+            raise DamagedError(
+                f"{directory}: {name} has {path.stat().st_size} bytes, and at least {size} were written: it is"
+                f" truncated. {_FIX}"
+            )
+
+
+def writer(**sizes: int) -> dict[str, Any]:
+    """Who writes, and when."""
+    versions = {}
+    for package in ("lightning-autotp", "torch", "lightning", "transformers", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {**versions, "python": platform.python_version(), **sizes, "at": now}
+
+
+def _crc_of(said: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
