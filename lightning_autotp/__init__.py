@@ -1,6 +1,7 @@
 """Tensor parallel training in PyTorch Lightning: ``Trainer(strategy=AutoTPStrategy(autotp_size=4))``."""
 
 from lightning_autotp.checkpoint.pretrained import from_pretrained
+from lightning_autotp.checkpoint.save_pretrained import save_pretrained
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
 from lightning_autotp.losses.functional import cross_entropy, linear_cross_entropy
 from lightning_autotp.plans.plan import ShardingPlan
@@ -26,6 +27,7 @@ __all__ = [
     "make_plan",
     "merge_autotp_configs",
     "parallelize",
+    "save_pretrained",
     "verify",
 ]
 

@@ -73,6 +73,8 @@ __all__ = [
     "optimizers_to_device",
     "quantization_of",
     "reduce_scatter_single",
+    "reverse_conversion",
+    "reversed_conversion_groups",
     "scaler_settings",
     "set_random_state",
     "stored_piece",
@@ -371,3 +373,38 @@ def grouped_experts_in_fp64() -> Iterator[None]:
 
     with mock.patch.object(moe, "_can_use_grouped_mm", can_use_grouped_mm):
         yield
+
+
+def reversed_conversion_groups(hf_model: Any, names: list[str]) -> list[list[str]]:
+    """Group names of a state dict by what :func:`reverse_conversion` must be given together, in their order.
+
+    Most are alone; a weight that is fused in the model may have its parts in several.
+    """
+    from transformers.core_model_loading import WeightConverter, apply_converters
+
+    conversions = [each.reverse_transform() for each in _conversions(hf_model)[::-1]]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        target, pattern = apply_converters(name, converters)
+        groups.setdefault(name if pattern is None else f" {target}", []).append(name)
+    return list(groups.values())
+
+
+def reverse_conversion(hf_model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert tensors of a Hugging Face model's state dict to those that its ``save_pretrained`` writes."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    made: dict[str, Tensor] = revert_weight_conversion(hf_model, dict(tensors))
+    return made
+
+
+def _conversions(hf_model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    found = getattr(hf_model, "_weight_conversions", None)
+    if found is None:
+        found = get_model_conversion_mapping(hf_model, add_legacy=False)
+        found = [each for each in found if not isinstance(each, PrefixChange)]
+    return list(found)

@@ -13,15 +13,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_autotp.checkpoint import manifest
-from lightning_autotp.checkpoint.manifest import Manifest, Written
+from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
 from lightning_autotp.checkpoint.publish import beside, put_in_place, remove, remove_leftovers, synchronize
 from lightning_autotp.checkpoint.safe_load import Planner, Reader, load_plain, name_what_is_refused, plain
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, empty_part
 from lightning_autotp.distributed.errors import raised_together
-
-_SAVE_ID = "autotp_save_id"
-"""An entry of the file with the rest: a directory that has it has a manifest, too."""
 
 
 def is_directory_checkpoint(path: Path) -> bool:
@@ -253,7 +250,7 @@ def _finish(
     if dist.get_rank() != 0:
         return
     name_what_is_refused(rest, path, paths=True)
-    torch.save({**rest, _SAVE_ID: save_id}, made / manifest.REST)
+    torch.save({**rest, SAVE_ID: save_id}, made / manifest.REST)
     for small in (manifest.REST, manifest.METADATA):
         synchronize(made / small)
     files = {small: manifest.finished(made / small) for small in (manifest.REST, manifest.METADATA)}
@@ -299,7 +296,7 @@ def _checked(path: Path, unsafe: bool, all_bytes: bool) -> dict[str, Any]:
     else:
         manifest.check_lengths(path, Reader(path, unsafe).read_metadata())
     checkpoint: dict[str, Any] = load_plain(path / manifest.REST, unsafe=unsafe)
-    saved: Optional[str] = checkpoint.pop(_SAVE_ID, None)
+    saved: Optional[str] = checkpoint.pop(SAVE_ID, None)
     if saved is not None and found is None:
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it lacks `{manifest.NAME}`.")
     return checkpoint

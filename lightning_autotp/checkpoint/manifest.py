@@ -20,6 +20,9 @@ NAME = "autotp.json"
 METADATA, REST = ".metadata", "meta.pt"
 """The file of DCP's; and that for what is not a tensor of the model or an optimizer, by Lightning's name for it."""
 
+SAVE_ID = "autotp_save_id"
+"""An entry of the file with the rest: a directory that has it has a manifest, too."""
+
 _FORMAT = 1
 _SEAL = b"autotp-save:"
 _SEALED = len(_SEAL) + 32

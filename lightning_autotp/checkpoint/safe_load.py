@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, metadata
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -89,6 +89,17 @@ class Reader(FileSystemReader):
             found.storage_meta = metadata.StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
+
+    def piece(self, index: MetadataIndex) -> Tensor:
+        """Read one stored piece of a tensor, without processes; :meth:`set_up_storage_reader` comes before."""
+        info = self.storage_data[index]
+        with (Path(self.path) / info.relative_path).open("rb") as stream:
+            part: Any = self._slice_file(stream, info)
+            if info.transform_descriptors:
+                item: Any = None  # of no meaning to a transform
+                part = io.BytesIO(self.transforms.transform_load_stream(item, info.transform_descriptors, part).read())
+            loaded: Tensor = load_plain(part, where=f"{index.fqn} in {stream.name}")
+        return loaded
 
 
 def _unpickled(stream: IO[bytes], file: Path) -> Metadata:

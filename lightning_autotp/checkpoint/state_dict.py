@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from lightning_autotp.distributed.functions import gather_parts
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
-from lightning_autotp.plans.plan import ShardingPlan
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,12 @@ class Placement:
     mesh: Mesh
 
     @classmethod
-    def of(cls, model: nn.Module, plan: ShardingPlan, mesh: Mesh) -> "Placement":
-        """That of ``model``, sharded by ``plan``."""
+    def of(cls, model: nn.Module, layouts: Mapping[str, Layout], mesh: Mesh) -> "Placement":
+        """That of ``model``, whose parameters have these layouts."""
         # a state dict may know a parameter by another name than the module does: wrappers rename, users do
-        layouts = plan.layouts
         by_id = {id(p): layouts[name] for name, p in model.named_parameters(remove_duplicate=False)}
         stored = model.state_dict(keep_vars=True)
-        return cls(layouts | {name: by_id[id(p)] for name, p in stored.items() if id(p) in by_id}, mesh)
+        return cls({**layouts} | {name: by_id[id(p)] for name, p in stored.items() if id(p) in by_id}, mesh)
 
     def cut(self, name: str, full: Any) -> Any:
         """This rank's part of a full tensor called ``name``; what has another shape than the parameter stays whole."""

@@ -1,7 +1,7 @@
 """``lightning-autotp fit|validate|test|predict|plan --config FILE``: LightningCLI, and the plan without a run.
 
-``lightning-autotp verify`` and ``estimate`` are no part of LightningCLI: they need no config, see
-:mod:`lightning_autotp.cli.verify` and :mod:`lightning_autotp.cli.estimate`.
+``lightning-autotp verify``, ``estimate``, ``export`` and ``inspect`` are no part of LightningCLI: they need no config,
+see :mod:`lightning_autotp.cli.verify` and its neighbours.
 """
 
 import sys
@@ -14,7 +14,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_autotp.cli import estimate, verify
+from lightning_autotp.cli import estimate, export, inspect, verify
 from lightning_autotp.config.files import check_keys
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.make_plan import make_plan
@@ -23,6 +23,8 @@ from lightning_autotp.strategies.trainer import AutoTPStrategy
 _ANYWHERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.precision=32-true"]
 """A plan needs none of the machine that the config is written for."""
 
+
+_COMMANDS = {"verify": verify.main, "estimate": estimate.main, "export": export.main, "inspect": inspect.main}
 
 _MODE = "yaml_once"
 
@@ -83,10 +85,9 @@ def main(args: Optional[list[str]] = None) -> None:
     ``fit --resume`` continues from the last checkpoint, if there is one (``--ckpt_path last``).
     """
     given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["verify"]:
-        sys.exit(verify.main(given[1:]))
-    if given[:1] == ["estimate"]:
-        sys.exit(estimate.main(given[1:]))
+    for name, command in _COMMANDS.items():
+        if given[:1] == [name]:
+            sys.exit(command(given[1:]))
     at = given.index("--resume") if "--resume" in given else None
     if at is not None:
         given[at : at + 1] = ["--ckpt_path", "last"]

@@ -129,7 +129,7 @@ class Parallelized:
 
     @property
     def _placement(self) -> Placement:
-        return Placement.of(self.module, self.plan, self.mesh)
+        return Placement.of(self.module, self.plan.layouts, self.mesh)
 
     def _accept(self, optimizer: Optimizer) -> None:
         if optimizer not in self._accepted:

@@ -14,6 +14,7 @@ from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.planning.blocks import shared_blocks
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.apply import apply_plan
+from lightning_autotp.sharding.pretrained_methods import speak_for_the_full_model
 from lightning_autotp.sharding.state import SHARDED, Sharded, sharded
 
 
@@ -49,6 +50,7 @@ def shard(
     found = sharded(model)
     if found is None:
         found = apply_plan(model, plan, mesh, device, overlap=switches.tp_overlap_comm)
+        speak_for_the_full_model(model, found)
     elif (found.mesh.tp_size, found.mesh.tp_rank) != (mesh.tp_size, mesh.tp_rank):
         raise ValueError(
             f"this model was sharded for a tensor parallel size of {found.mesh.tp_size} by an earlier run, and"

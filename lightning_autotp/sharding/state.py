@@ -6,6 +6,7 @@ from typing import Optional
 from torch import nn
 
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.layout.layout import Layout
 from lightning_autotp.parallel.column_group import ColumnGroup
 from lightning_autotp.parallel.overlap import Overlap
 from lightning_autotp.parallel.saved_activations import SavedActivations
@@ -13,6 +14,7 @@ from lightning_autotp.parallel.sequence_parallel import Batch
 from lightning_autotp.plans.plan import ShardingPlan
 
 SHARDED = "_autotp_sharded"
+INSIDE = "_autotp_inside"
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,21 @@ def with_plan(model: nn.Module, plan: ShardingPlan) -> Sharded:
 def sharded(model: nn.Module) -> Optional[Sharded]:
     """How ``model`` was sharded, or None if it was not."""
     return getattr(model, SHARDED, None)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a Hugging Face model inside a sharded one keeps: the layouts of its parameters, by its own names for them.
+
+    Args:
+        layouts: a layout for every name that its ``named_parameters(remove_duplicate=False)`` gives.
+        mesh: where this process stands.
+    """
+
+    layouts: dict[str, Layout]
+    mesh: Mesh
+
+
+def inside(model: nn.Module) -> Optional[Inside]:
+    """What ``model`` keeps if it is a Hugging Face model inside a sharded one, or that itself; else None."""
+    return vars(model).get(INSIDE)

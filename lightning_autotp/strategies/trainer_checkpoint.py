@@ -16,6 +16,7 @@ from lightning_autotp.checkpoint.hf_record import models_in
 from lightning_autotp.checkpoint.publish import write_in_place
 from lightning_autotp.checkpoint.safe_load import load_with, name_what_is_refused, plain
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, local_checkpoint, optimizer_names
+from lightning_autotp.checkpoint.tensors import RECORD
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.plans.plan import ShardingPlan
@@ -50,7 +51,7 @@ class CheckpointStrategy(MeshStrategy):
     def _placement(self) -> Placement:
         if self.plan is None:
             return Placement({}, self.mesh)
-        return Placement.of(self._module, self.plan, self.mesh)
+        return Placement.of(self._module, self.plan.layouts, self.mesh)
 
     def _optimizer_names(self) -> list[list[str]]:
         return [optimizer_names(self._module, optimizer) for optimizer in self.optimizers]
@@ -98,6 +99,9 @@ class CheckpointStrategy(MeshStrategy):
         if self.broadcast(path.is_dir()):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
         full = full_checkpoint(checkpoint, names, self._placement)
+        models = models_in(self._module)
+        if models:
+            full[RECORD] = models
         raised_together(lambda: self._write(full, path, storage_options))
 
     def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
