@@ -1,6 +1,5 @@
 """One ordinary Lightning file from a checkpoint directory, for a plain Trainer to resume."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autotp.checkpoint.manifest import SAVE_ID
-from lightning_autotp.checkpoint.publish import write_in_place
+from lightning_autotp.checkpoint.publish import beside, remove, write_in_place
 from lightning_autotp.checkpoint.safe_load import plain
 from lightning_autotp.checkpoint.tensors import MODEL, RECORD, Checkpoint
 
@@ -27,14 +26,15 @@ def write_file(found: Checkpoint, file: Path, progress: Callable[[int], None] = 
     """
     if not found.path.is_dir():
         raise ValueError(f"{found.path} is an ordinary file already.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".autotp-export-", dir=file.parent) as folder:
+    folder = beside(file)
+    folder.mkdir(parents=True)
 
-        def read(name: str) -> Tensor:
-            kept = _kept(found.tensors.read(name), Path(folder))
-            progress(kept.nbytes)
-            return kept
+    def read(name: str) -> Tensor:
+        kept = _kept(found.tensors.read(name), folder)
+        progress(kept.nbytes)
+        return kept
 
+    try:
         rest = {name: value for name, value in found.rest.items() if name != SAVE_ID}
         state = {name.removeprefix(MODEL): read(name) for name in found.tensors.shapes if name.startswith(MODEL)}
         made: dict[str, Any] = {**rest, "state_dict": state}
@@ -46,6 +46,8 @@ def write_file(found: Checkpoint, file: Path, progress: Callable[[int], None] = 
         if found.models:
             made[RECORD] = list(found.models)
         write_in_place(file, partial(torch.save, plain(made)))
+    finally:
+        remove(folder)
 
 
 def _entry(prefix: str, known: Mapping[str, Any], read: Callable[[str], Tensor], name: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_autotp.checkpoint.hf_record import Record
 from lightning_autotp.checkpoint.hf_twin import Piece, adapted_twin, adapter_names, merged, pieces_of, twin_of
-from lightning_autotp.checkpoint.publish import beside, put_in_place, remove, synchronize
+from lightning_autotp.checkpoint.publish import beside, put_in_place, remove, remove_leftovers, synchronize
 from lightning_autotp.checkpoint.safetensors_files import SafetensorsFiles
 from lightning_autotp.checkpoint.tensors import Tensors
 
@@ -91,6 +91,7 @@ def write_model(
         if writes:
             _copy_tokenizer(tokenizer, made)
             _publish(made, directory)
+            remove_leftovers(directory)
     except BaseException:
         if writes:
             remove(made)

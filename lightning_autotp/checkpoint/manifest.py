@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,24 @@ def crc_of_file(path: Path) -> int:
         while block := stream.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def check_file(path: Path) -> None:
+    """Compare the bytes of an ordinary file with the checksums that ``torch.save`` put in it.
+
+    Raises:
+        DamagedError: if they are others; files in torch's older format have none.
+    """
+    try:
+        with path.open("rb") as stream:
+            if stream.read(2) != b"PK":
+                return
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise DamagedError(f"{path} is truncated or damaged ({error}). {_FIX}") from error
+    if wrong is not None:
+        raise DamagedError(f"{path} does not have the bytes that were written, in {wrong}. {_FIX}")
 
 
 def check_lengths(directory: Path, metadata: Metadata) -> None:

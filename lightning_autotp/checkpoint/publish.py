@@ -106,7 +106,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what dead saves have left beside ``path``: of this very name, or of processes of this machine that ended.
+    """Remove what dead saves have left beside ``path``: of this name, or of processes of this machine that have ended.
 
     To be called when ``path`` stands: until then a leftover may be the only whole copy.
     """
@@ -114,8 +114,9 @@ def remove_leftovers(path: Path) -> None:
         found = _TEMPORARY.fullmatch(entry.name)
         if found is None:
             continue
-        target, machine, process = found[1], found[2], int(found[3])
-        if target == _digest(path.name) or (machine == _machine() and not _is_running(process)):
+        target, here, process = found[1], found[2] == _machine(), int(found[3])
+        others = here and process != os.getpid()
+        if not _is_running(process) if others else target == _digest(path.name):
             remove(entry)
 
 

@@ -69,7 +69,7 @@ def open_checkpoint(path: Path, *, unsafe: bool = False, all_bytes: bool = False
     Args:
         path: the checkpoint.
         unsafe: whether to load what is neither tensors nor plain containers.
-        all_bytes: whether to compare a directory's checksums first.
+        all_bytes: whether to compare all checksums first.
 
     Raises:
         FileNotFoundError: if there is none, or it is not complete.
@@ -79,6 +79,8 @@ def open_checkpoint(path: Path, *, unsafe: bool = False, all_bytes: bool = False
         return _directory(path, unsafe, all_bytes)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
+    if all_bytes:
+        manifest.check_file(path)
     held = load_plain(path, unsafe=unsafe, mmap=True)
     if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
         raise ValueError(f"{path} is not a checkpoint of Lightning: it has no `state_dict`.")

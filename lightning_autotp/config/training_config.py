@@ -163,8 +163,8 @@ class TPTrainingConfig(_Section):
     takes tensors, numbers, strings, paths, lists and dicts, and what `torch.serialization.add_safe_globals` allows."""
 
     verify_checksums: Switch = False
-    """Before a checkpoint directory is loaded, compare all of it with the checksums recorded when it was saved; without
-    it, sizes, the ids of the save and the small files are compared."""
+    """Before a checkpoint is loaded, compare all of it with the checksums recorded when it was saved; without it,
+    sizes, the ids of the save and the small files of a directory are compared."""
 
     @model_validator(mode="before")
     @classmethod

@@ -29,6 +29,7 @@ from lightning_autotp.recipe.proving import prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.arguments import takes_fields_of
+from lightning_autotp.strategies.summary import summarize_the_full_model
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
 from lightning_autotp.strategies.validation import apply_dtype, check_processes, known_arguments, refuse_callbacks
 from lightning_autotp.training.compile import compile_blocks
@@ -91,6 +92,8 @@ class AutoTPStrategy(CheckpointStrategy):
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
+        unsafe_checkpoint_load: Optional[bool] = None,
+        verify_checksums: Optional[bool] = None,
         **kwargs: Any,
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters
@@ -195,6 +198,7 @@ class AutoTPStrategy(CheckpointStrategy):
     def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
         if self.tp_size > 1:
             refuse_callbacks(trainer)
+            summarize_the_full_model(trainer, module, engine.sharded.plan)
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         engine.begin_training(self.root_device, halves.get(str(self.precision_plugin.precision)))
         if self.dp_size > 1:

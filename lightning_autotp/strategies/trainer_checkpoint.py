@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_autotp.checkpoint.distributed import load_directory, save_directory
 from lightning_autotp.checkpoint.hf_record import models_in
+from lightning_autotp.checkpoint.manifest import check_file
 from lightning_autotp.checkpoint.publish import write_in_place
 from lightning_autotp.checkpoint.safe_load import load_with, name_what_is_refused, plain
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, local_checkpoint, optimizer_names
@@ -129,4 +130,6 @@ class CheckpointStrategy(MeshStrategy):
     def _read(self, path: Path, unsafe: bool) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"there is no checkpoint at {path}.")
+        if self.config.verify_checksums and self.is_global_zero:
+            check_file(path)
         return load_with(partial(self.checkpoint_io.load_checkpoint, path, weights_only=not unsafe), str(path))

@@ -72,6 +72,22 @@ def test_every_damage_to_every_file_is_named_on_every_rank(tmp_path: Path) -> No
     assert plugin.load_checkpoint(tmp_path / "good")["global_step"] == 4
 
 
+@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.ranks(2)
+def test_damage_to_an_ordinary_file_is_named_on_every_rank(damage: Any, tmp_path: Path) -> None:
+    model = Scheduled()
+    run = trainer(strategy(2, save_distributed_checkpoint=False, verify_checksums=True))
+    run.fit(model)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    assert plugin_of(model).load_checkpoint(tmp_path / "one.ckpt")["global_step"] == 4
+    dist.barrier()
+    if dist.get_rank() == 0:
+        damage(tmp_path / "one.ckpt")
+    dist.barrier()
+    with pytest.raises((ValueError, RuntimeError), match=r"one\.ckpt (is truncated|does not have the bytes)"):
+        plugin_of(model).load_checkpoint(tmp_path / "one.ckpt")
+
+
 @pytest.mark.ranks(2)
 def test_a_checkpoint_says_who_wrote_it_and_what(tmp_path: Path) -> None:
     trained(2, 1, save=tmp_path / "checkpoint")

@@ -33,6 +33,8 @@ SWITCHES: list[tuple[str, Any]] = [
     ("shard_saved_activations", True),
     ("check_agreement", False),
     ("tp_overlap_comm", True),
+    ("unsafe_checkpoint_load", True),
+    ("verify_checksums", True),
 ]
 
 
@@ -387,6 +389,9 @@ def test_names_and_order_of_arguments_stay() -> None:
             "start_method",
         ),
         *("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "kwargs"),
+        *("exclude_frozen_parameters", "check_agreement", "process_group_backend", "timeout", "start_method"),
+        *("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "unsafe_checkpoint_load"),
+        *("verify_checksums", "kwargs"),
     ]
     assert all(parameters[name].default is None for name in TPTrainingConfig.model_fields)
     strategy = AutoTPStrategy({"preset_model": "llama"}, 4, "bf16", True)
