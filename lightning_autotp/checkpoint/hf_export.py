@@ -178,6 +178,9 @@ def _write_adapters(record: Record, own: Tensors, made: Path, writes: bool, prog
     base = twin_of(record)
     if base is None:
         raise ValueError(f"{record['class']} is no class of transformers: its adapters cannot be written from here.")
+    for adapter in record["adapters"]:
+        if Path(adapter).name != adapter:
+            raise ValueError(f"{adapter!r} is no name of an adapter: it would be written outside of the directory.")
     twin = adapted_twin(record, base)
     for adapter, settings in record["adapters"].items():
         written = adapter_names(twin, adapter, own.shapes)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 Record = Mapping[str, Any]
@@ -40,8 +41,17 @@ def outermost(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def models_in(module: nn.Module) -> list[dict[str, Any]]:
-    """Describe every Hugging Face model in ``module``, sharded or not."""
-    return [record_of(path, model) for path, model in outermost(module)]
+    """Describe every Hugging Face model in ``module``, sharded or not; one that cannot be described is warned of."""
+    records = []
+    for path, model in outermost(module):
+        try:
+            records.append(record_of(path, model))
+        except Exception as error:  # of configs with code of their own; a checkpoint is not lost for it
+            rank_zero_warn(
+                f"the config of {path or type(model).__name__} cannot be recorded ({type(error).__name__}: {error}):"
+                " `lightning-autotp export` will need `--config`."
+            )
+    return records
 
 
 def record_of(path: str, model: nn.Module) -> dict[str, Any]:

@@ -31,14 +31,24 @@ def twin_of(record: Record) -> Optional[nn.Module]:
     """The model that ``record`` describes, on the meta device; None for classes that transformers does not have."""
     import transformers
 
-    cls = getattr(transformers, record["known_class"], None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    cls: Any = getattr(transformers, record["known_class"], None)
+    model_type = record["model_type"]
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known or cls is transformers.PreTrainedModel or model_type not in transformers.CONFIG_MAPPING:
         return None
-    settings = {name: value for name, value in record["config"].items() if name != "model_type"}
-    config = transformers.AutoConfig.for_model(record["model_type"], **settings)
+    settings = {name: value for name, value in _harmless(record["config"]).items() if name != "model_type"}
+    config = transformers.AutoConfig.for_model(model_type, **settings, attn_implementation="eager")
     with torch.device("meta"), no_init_weights():
         made: nn.Module = cls(config)
     return made
+
+
+def _harmless(config: Any) -> Any:
+    """A config without what makes transformers fetch code (kernels by name) or change weights (quantizers)."""
+    if isinstance(config, Mapping):
+        kept = {n: _harmless(v) for n, v in config.items() if not n.endswith("_implementation")}
+        return {n: v for n, v in kept.items() if n not in ("auto_map", "quantization_config")}
+    return config
 
 
 def pieces_of(twin: Optional[nn.Module], names: list[str]) -> Iterator[Piece]:
@@ -56,7 +66,8 @@ def adapted_twin(record: Record, base: nn.Module) -> Any:
 
     made: Any = None
     for name, settings in record["adapters"].items():
-        config = PeftConfig.from_peft_type(**settings)
+        drawn = {"init_lora_weights": False} if "init_lora_weights" in settings else {}  # not made of the base's values
+        config = PeftConfig.from_peft_type(**{**settings, **drawn})
         if made is None:
             options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
             made = get_peft_model(base, config, adapter_name=name, **options)

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_autotp
 from lightning_autotp import AutoTPStrategy
+from lightning_autotp.checkpoint.hf_export import write_model
+from lightning_autotp.checkpoint.hf_record import models_in, record_of
+from lightning_autotp.checkpoint.hf_twin import twin_of
 from lightning_autotp.checkpoint.safetensors_files import SafetensorsFiles
-from lightning_autotp.checkpoint.tensors import open_checkpoint
+from lightning_autotp.checkpoint.tensors import open_checkpoint, tensors_of
 from lightning_autotp.cli.export import main as export
 from lightning_autotp.cli.inspect import main as inspect
 from lightning_autotp.model_sources.small import small_config, small_model
@@ -125,6 +129,47 @@ def test_adapters_come_back_alone_or_merged(directory: bool, tmp_path: Path) -> 
     made("qwen3-lora").save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
     theirs, ours = files_in(tmp_path / "theirs"), files_in(tmp_path / "adapter")
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+
+
+def test_a_record_neither_fetches_code_nor_writes_outside_of_the_directory(tmp_path: Path) -> None:
+    model: Any = made("qwen3-lora")
+    tensors = tensors_of(model, None)
+    record: Any = record_of("", model)
+    record["config"]["attn_implementation"] = record["config"]["_attn_implementation"] = "some/kernel"
+    record["config"]["quantization_config"] = {"quant_method": "fp8"}
+    record["config"]["auto_map"] = {"AutoModelForCausalLM": "some/repository--modeling.Model"}
+    twin: Any = twin_of(record)
+    assert twin.config._attn_implementation == "eager" and twin.device.type == "meta"
+    assert (
+        twin_of({**record, "known_class": "PreTrainedModel"}) is twin_of({**record, "known_class": "Trainer"}) is None
+    )
+    record["adapters"] = {"../outside": record["adapters"]["default"]}
+    with pytest.raises(ValueError, match=r"'\.\./outside' is no name of an adapter"):
+        write_model(record, tensors, tmp_path / "in" / "out")
+    assert list((tmp_path / "in").iterdir()) == [] and [entry.name for entry in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_model_that_cannot_be_described_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = made("llama")
+    monkeypatch.setattr(type(model.config), "to_diff_dict", lambda self: vars(self)["key"])
+    with pytest.warns(UserWarning, match=r"config of LlamaForCausalLM cannot be recorded \(KeyError"):
+        assert models_in(model) == []
+
+
+def out_of_space(folder: Path) -> None:
+    running = quiet_trainer(strategy=AutoTPStrategy(autotp_size=2), max_epochs=0)
+    running.fit(model := LanguageModel(made, case="llama"), token_loader(vocab=100))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(SafetensorsFiles, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises((OSError, RuntimeError), match="No space left"):
+            lightning_autotp.save_pretrained(model, folder / "out")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_ends_the_call_on_all_ranks_and_leaves_nothing(tmp_path: Path) -> None:
+    run_ranks(2, out_of_space, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Two(LightningModule):

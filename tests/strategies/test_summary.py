@@ -17,7 +17,7 @@ from tests.helpers.small_nets import Regressor, strategy, trainer
 
 @pytest.mark.parametrize("kind", [ModelSummary, RichModelSummary])
 @pytest.mark.ranks(2)
-def test_the_summary_counts_the_full_model_and_what_a_rank_holds(kind: Any, capsys: Any) -> None:
+def test_the_summary_counts_the_full_model_and_what_a_rank_holds(kind: Any) -> None:
     model, callback = Regressor(), kind(max_depth=2)
     model.net.norm.requires_grad_(False)
     full = sum(p.numel() for p in model.parameters())
