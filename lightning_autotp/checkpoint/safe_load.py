@@ -1,5 +1,6 @@
 """Reading files without running what is in them: tensors and plain containers, and names from a short list."""
 
+import errno
 import io
 import pathlib
 import pickle
@@ -182,9 +183,9 @@ def load_with(load: Callable[[], Any], where: str) -> Any:
     try:
         with safe_globals(_PATHS):
             return load()
-    except OSError:
-        raise
-    except Exception as error:  # damaged files raise anything
+    except Exception as error:  # damaged files raise anything; invalid arguments come of offsets before their start
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise _explained(error, where) from None
 
 
