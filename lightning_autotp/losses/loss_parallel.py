@@ -117,6 +117,12 @@ def parallel_hf_loss(model: Any) -> None:
     model.loss_function = _ParallelLoss(head)
 
 
+def parallel_loss_head(module: nn.Module) -> Optional[Any]:
+    """The head of which ``module``, a Hugging Face model, computes its loss from the parts of its outputs, or None."""
+    loss = given_loss_function(module)
+    return linear_of(loss.head) if isinstance(loss, _ParallelLoss) else None
+
+
 def _refuse_fused(model: Any) -> None:
     """Refuse a Hugging Face model whose loss, or whose head, is not all that happens to the head's input."""
     name, instead = type(model).__name__, "use loss_parallel=True"

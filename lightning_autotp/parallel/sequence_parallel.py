@@ -101,11 +101,11 @@ def apply_sequence(
             batch.begin(x.shape[0], x.shape[1])
             return scatter_tokens(x, mesh)
 
-        return _on_hidden(args, kwargs, part)
+        return on_hidden(args, kwargs, part)
 
     def join(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         length = batch.of(kwargs)
-        return _on_first(output, lambda x: gather_tokens(x, overlap, reduce=False, length=length, rows=batch.rows))
+        return on_first(output, lambda x: gather_tokens(x, overlap, reduce=False, length=length, rows=batch.rows))
 
     model.get_submodule(sequence.first).register_forward_pre_hook(split, with_kwargs=True)
     for region in {id(model.get_submodule(region.module)): region for region in sequence.regions}.values():
@@ -142,17 +142,17 @@ def _attach(module: nn.Module, region: Region, columns: Optional[str], batch: Ba
                 full = group.gather(x, overlap, length)
             return gather_tokens(x, overlap, reduce=region.reduces, length=length, rows=rows) if full is None else full
 
-        return _on_hidden(args, kwargs, gathered)
+        return on_hidden(args, kwargs, gathered)
 
     def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return _on_first(output, lambda x: scatter_tokens(x, overlap.mesh))
+        return on_first(output, lambda x: scatter_tokens(x, overlap.mesh))
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
     if not region.reduces:
         module.register_forward_hook(leave)
 
 
-def _on_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def on_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with the hidden states changed: the first of them, or the one of that name."""
     if args and isinstance(args[0], Tensor):
         return (change(args[0]), *args[1:]), kwargs
@@ -162,7 +162,8 @@ def _on_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tu
     raise ValueError("sequence_parallel: a block is called without hidden states as its first argument.")
 
 
-def _on_first(output: Any, change: Any) -> Any:
+def on_first(output: Any, change: Any) -> Any:
+    """An output with its first tensor changed."""
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])
     return change(output)

@@ -74,7 +74,9 @@ class _Parts:
         for module, initialize in _with_initializers(model, None):
             old = {name: p for name, p in module._parameters.items() if p is not None}
             buffers = {name: b for name, b in module._buffers.items() if b is not None}
-            if any(t.is_meta and id(t) not in self.sources for t in [*old.values(), *buffers.values()]):
+            if self.device.type != "meta" and any(
+                t.is_meta and id(t) not in self.sources for t in [*old.values(), *buffers.values()]
+            ):
                 self._create(module)
                 initialize()
             for name, original in old.items():

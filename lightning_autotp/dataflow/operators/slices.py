@@ -18,6 +18,7 @@ from lightning_autotp.dataflow.placement import (
     Shards,
     Sparse,
     constant,
+    disjoint,
     labels,
     shards,
     sparse,
@@ -213,11 +214,13 @@ def split(event: Event) -> list[Placement]:
 @register("cat")
 def cat(event: Event) -> Placement:
     """Tensors one behind the other along a dim: each rank has its parts of all of them, in order."""
-    operands = event.operands
+    operands = [operand for operand in event.operands if operand.shape != (0,)]  # which torch leaves out
     dim = event["dim"] % len(event.outputs[0])
-    if len({operand.placement.partial for operand in operands if not operand.placement.zero}) > 1:
+    partial = any(operand.placement.partial for operand in operands)
+    # what no two ranks hold is a sum over its holders, too
+    if partial and any(not _is_sum(operand.placement, dim) for operand in operands):
         raise Unknown("concatenates partial sums with what is none: partial in one part and not in another.")
-    others = [_without_dim(operand, dim) for operand in operands]
+    others = [(shape, replace(held, partial=partial)) for shape, held in (_without_dim(o, dim) for o in operands)]
     made = combine(others, others[0][0], "sum")
     here = [operand.placement.dims[dim] for operand in operands]
     if any(isinstance(held, (Constant, Repeated)) for held in here):
@@ -250,3 +253,8 @@ def stack(event: Event) -> Placement:
     dim = event["dim"] % len(event.outputs[0])
     made = combine([(operand.shape, operand.placement) for operand in operands], operands[0].shape, "sum")
     return replace(made, dims=(*made.dims[:dim], None, *made.dims[dim:]))
+
+
+def _is_sum(placement: Placement, dim: int) -> bool:
+    """Whether a piece of a concatenation along ``dim`` is a sum over the ranks that hold it."""
+    return placement.partial or placement.zero or disjoint((placement.dims[dim],))
