@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Optional, Union
 
 from lightning_autotp.dataflow.event import Event, Operand, RankCall, Unknown, Wrong
-from lightning_autotp.dataflow.operators.registry import propagate
 from lightning_autotp.dataflow.placement import Placement
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.axioms import crosses
 from lightning_autotp.proof.counterparts import Counterparts, Held, NotMatched
+from lightning_autotp.proof.entries import follow
 from lightning_autotp.proof.markers import Marked
 from lightning_autotp.proof.recorded import Call, Recorded, Ref, Trace, replaced
 
@@ -125,7 +125,7 @@ class Flow:
             if event.random and not all(value.placement.is_replicated for value in known):
                 self.random[str(event.place)] = None
             try:
-                made = propagate(self._placed(event, calls))
+                made = follow(self._placed(event, calls))
             except Wrong as error:
                 poison = self._found("wrong", event, origin, str(error))
             except Unknown as error:

@@ -9,13 +9,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-import lightning_autotp
-
 Owner = Literal["torch", "layers", "prover", "user"]
 """Whose code a file is: torch's, this package's, what looks at the model, or anybody else's."""
 
 _TORCH = f"{Path(torch.__file__).parent}/"
-_PACKAGE = f"{Path(lightning_autotp.__file__).parent}/"
+_PACKAGE = f"{Path(__file__).parents[1]}/"
 _PROVER, _EXAMPLES = f"{_PACKAGE}proof/", f"{_PACKAGE}examples/"
 _AROUND = tuple(f"{_PROVER}{name}.py" for name in ("trace", "memory", "markers"))
 """What stands between torch and who calls it."""

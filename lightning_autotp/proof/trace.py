@@ -304,8 +304,6 @@ class Tracer(TorchDispatchMode):
         finally:
             self._quiet -= 1
 
-    # -- the run
-
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record what happens inside."""

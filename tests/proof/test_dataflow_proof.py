@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_autotp.dataflow.event import Event, Operand, RankCall, Wrong
+from lightning_autotp.dataflow.placement import Placement, Shards
 from lightning_autotp.layout.layout import Layout, even_widths
 from lightning_autotp.model_sources.hf import causal_types
 from lightning_autotp.model_sources.small import NOT_RUNNABLE, SWEEP
 from lightning_autotp.plans.plan import ParameterPlan, ShardingPlan
 from lightning_autotp.proof.dataflow_proof import prove_flow
+from lightning_autotp.proof.entries import follow
 from lightning_autotp.proof.verdict import Verdict
 from tests.helpers.meta_models import small_step
 
@@ -128,6 +131,59 @@ def test_a_row_that_reads_a_concatenation_names_the_shape_that_is_right() -> Non
     assert finding.where == "o" and "shape=(-1, (8, 8))" in finding.message
     model, plan = _joined_plan({"shape": [-1, [8, 8]], "partition_dim": 1})
     assert prove_flow(model, plan, TPTrainingConfig(autotp_size=2), step).kind == "proved"
+
+
+def _entries(partial: bool) -> tuple[Operand, Operand]:
+    """Six features of which ranks hold the first four in halves and the last two both; and the gradient of these."""
+    parts = (((0, 2), (4, 2)), ((2, 2), (4, 2)))
+    of = Operand((3, 6), Placement((None, Shards(6, parts))), torch.float32)
+    return of, Operand((3, 1), Placement((None, None), partial), torch.float32)
+
+
+def test_the_gradient_of_an_entry_that_ranks_share_is_a_partial_sum_as_it_is() -> None:
+    for partial in (True, False):
+        of, grad = _entries(partial)
+        arguments = {"of": of, "grad": grad, "dim": 1, "entries": [-2]}
+        ranks = (RankCall({"entries": [-2]}, ((3, 4),)),) * 2
+        (made,) = follow(Event("entries_gradient", arguments, ((3, 6),), ranks))
+        assert made == Placement(of.placement.dims, partial)
+    (taken,) = follow(Event("index_entries", {"self": of, "dim": 1, "entries": [-2]}, ((3, 1),), ranks_of(ranks)))
+    assert taken.is_replicated
+    with pytest.raises(Wrong, match="takes index"):
+        follow(Event("index_entries", {"self": of, "dim": 1, "entries": [-3]}, ((3, 1),), ranks_of(ranks, [-3])))
+
+
+def ranks_of(calls: tuple[RankCall, ...], entries: list[int] | None = None) -> tuple[RankCall, ...]:
+    return tuple(RankCall({"entries": entries or [-2]}, ((3, 1),)) for _ in calls)
+
+
+def test_gradients_of_a_grouped_product_are_those_of_each_group() -> None:
+    halves = Shards(8, (((0, 4),), ((4, 4),)))
+    rows = Operand((6, 8), Placement((None, halves)), torch.float32)
+    weight = Operand((2, 8, 5), Placement((None, halves, None)), torch.float32)
+    grad = Operand((6, 5), Placement((None, None)), torch.float32)
+    offs = Operand((2,), Placement((None,)), torch.int32)
+    arguments = {"input": rows, "weight": weight, "offs": offs, "grad_output": grad}
+    ranks = (RankCall({}, ((6, 4), (2, 4, 5))),) * 2
+    made = follow(Event("grouped_mm_fallback_backward", arguments, ((6, 8), (2, 8, 5)), ranks))
+    assert made == [rows.placement, weight.placement]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_sequence_and_loss_parallelism_are_proved(model_type: str) -> None:
+    model, plan, config, step = small_step(model_type, 2, sequence_parallel=True, loss_parallel=True)
+    assert plan.sequence is not None
+    verdict = prove_flow(model, plan, config, step)
+    assert verdict.kind == "proved", verdict
+
+
+def test_own_tokens_need_summed_gradients() -> None:
+    model, plan, config, step = small_step("llama", 2, sequence_parallel=True)
+    name = "model.layers.0.input_layernorm.weight"
+    whole = replace(plan.parameters[name], grad_allreduce=False)
+    verdict = prove_flow(model, replace(plan, parameters={**plan.parameters, name: whole}), config, step)
+    assert verdict.kind == "refuted"
+    assert [finding.where for finding in verdict.findings] == [name]
 
 
 def test_what_raises_is_unknown() -> None:

@@ -68,19 +68,6 @@ def grouped_product(event: Event) -> Placement:
     return einsum("ik,kj->ij", *one)
 
 
-@register("grouped_mm_fallback_backward")
-def grouped_product_backward(event: Event) -> list[Placement]:
-    """The gradients of transformers' own grouped product of rows: that of the rows, and that of the matrices."""
-    rows, weight, grad = event.tensor("input"), event.tensor("weight"), event.tensor("grad_output")
-    if not event.tensor("offs").placement.is_replicated:
-        raise Unknown(f"{event.name} with groups that are {event.tensor('offs').placement} has no rule.")
-    if weight.placement.dims[0] is not None or rows.placement.dims[0] is not None or grad.placement.dims[0] is not None:
-        raise Unknown(f"{event.name} of groups of which ranks have their own has no rule.")
-    of_rows = einsum("ik,jk->ij", grad, _without_groups(weight))
-    of_weight = einsum("ki,kj->ij", rows, grad)
-    return [of_rows, replace(of_weight, dims=(None, *of_weight.dims))]
-
-
 def _without_groups(operand: Operand) -> Operand:
     if len(operand.shape) == 2:
         return operand
