@@ -6,6 +6,7 @@ from math import prod
 from typing import Any, NamedTuple, Optional
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lightning_autotp.dataflow.event import Operand, RankCall
 from lightning_autotp.dataflow.placement import Placement, Shape
@@ -15,6 +16,10 @@ from lightning_autotp.proof.recorded import HIDDEN, Leaf, Recorded, Ref, Trace, 
 
 class NotMatched(Exception):
     """What the full model does has no counterpart in the rank's run; the message says what differs."""
+
+
+class Differs(NotMatched):
+    """The rank computes with other numbers than the full model, which no placement explains."""
 
 
 class Held(NamedTuple):
@@ -30,11 +35,13 @@ class Counterparts:
     Args:
         full: the full model's run.
         rank: the rank's.
+        only: whether all ranks do what this one does.
     """
 
-    def __init__(self, full: Trace, rank: Trace) -> None:
-        self.full, self.rank = full, rank
+    def __init__(self, full: Trace, rank: Trace, *, only: bool) -> None:
+        self.full, self.rank, self.only = full, rank, only
         self.held: dict[int, Held] = {}
+        self._made = {ref.number: event for event in rank.events for ref in event.outputs or ()}
 
     def of(self, event: Recorded) -> RankCall:
         """How the rank calls the operator of ``event``.
@@ -70,12 +77,27 @@ class Counterparts:
             self._match_leaves(self.full.leaves[full.number], self.rank.leaves[local.number])
             held = self.held[full.number] = Held(local.number, local.shape)
         if held is None or held.number == HIDDEN or held.number != local.number:
+            self._check_not_less(full, held, local)
             raise NotMatched("it computes with another tensor")
         if full.dtype != local.dtype:
             raise NotMatched(f"it computes with {local.dtype} where the full model has {full.dtype}")
 
-    @staticmethod
-    def _match_leaves(full: Leaf, local: Leaf) -> None:
+    def _check_not_less(self, full: Ref, held: Optional[Held], local: Ref) -> None:
+        """Refuse ranks that all take the same beginning of what the full model takes all of."""
+        made = self._made.get(local.number)
+        if made is None or made.name != "slice" or made.key in self.full.by_key or not self.only:
+            return
+        source = made.arguments["self"]
+        leaf, own = self.full.leaves.get(full.number), self.rank.leaves.get(source.number)
+        known = leaf is not None and own is not None and leaf.name is not None and leaf.name == own.name
+        if known or held is not None and held.number == source.number:
+            said = f"every rank takes {list(local.shape)} of what the full model takes all of, {list(full.shape)}"
+            raise Differs(said)
+
+    def _match_leaves(self, full: Leaf, local: Leaf) -> None:
+        theirs, own = set(tree_leaves(full.data)), set(tree_leaves(local.data))
+        if full.name == local.name and full.tensor.is_floating_point() and (own - theirs or theirs - own and self.only):
+            raise Differs(f"it computes with {local.data} where the full model has {full.data}")
         if full.name != local.name or full.data != local.data:
             mine = f"{local.name or local.data or 'another tensor'}"
             raise NotMatched(f"it computes with {mine} where the full model has {full.name or full.data or 'another'}")

@@ -11,7 +11,7 @@ from lightning_autotp.dataflow.placement import Placement
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.axioms import crosses
-from lightning_autotp.proof.counterparts import Counterparts, Held, NotMatched
+from lightning_autotp.proof.counterparts import Counterparts, Differs, Held, NotMatched
 from lightning_autotp.proof.entries import follow
 from lightning_autotp.proof.markers import Marked
 from lightning_autotp.proof.recorded import Call, Recorded, Ref, Trace, replaced
@@ -73,7 +73,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         """Pair the runs."""
-        self.counterparts = [Counterparts(self.full, run) for run in self.runs]
+        self.counterparts = [Counterparts(self.full, run, only=len(self.runs) == 1) for run in self.runs]
         for number, leaf in self.full.leaves.items():
             self.values[number] = self._of_leaf(leaf.name, tuple(leaf.tensor.shape))
 
@@ -102,13 +102,21 @@ class Flow:
                 found.append(counterparts.of(event))
             except NotMatched as error:
                 rank, run = self.kinds.index(number), self.runs[number]
-                if run.error is not None and event.key not in run.by_key:
+                if isinstance(error, Differs) and self._is_whole(event):
+                    said = f"{event.name}: rank {rank} differs: {error}."
+                    poison = poison or Poison("wrong", Diagnostic("error", str(event.place), said))
+                elif run.error is not None and event.key not in run.by_key:
                     said = f"rank {rank} cannot run the step: {_first_line(run.error)}"
                     poison = poison or Poison("wrong", Diagnostic("error", str(run.error_place), said))
                 else:
                     said = f"{event.name}: rank {rank} cannot be followed here: {error}."
                     poison = poison or Poison("unknown", Diagnostic("warning", str(event.place), said))
         return tuple(found[number] for number in self.kinds) if poison is None else poison
+
+    def _is_whole(self, event: Recorded) -> bool:
+        """Whether some operand is replicated: of that no rank may have less, or other numbers."""
+        values = [self.values.get(ref.number) for ref in event.operands]
+        return any(isinstance(value, Known) and value.placement.is_replicated for value in values)
 
     def _step(self, event: Recorded) -> None:
         calls = self._calls(event)

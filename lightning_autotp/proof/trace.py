@@ -360,7 +360,7 @@ class _Constants(TorchFunctionMode):
             self.tracer.replace(args[0], args[1])
         if func in _MADE_OFNUMBERS and isinstance(out, Tensor) and args and not isinstance(args[0], Tensor):
             with self.tracer.quiet():
-                self.tracer.numbers.with_data(out, repr(args[0]))
+                self.tracer.numbers.with_data(out, args[0])
         return out
 
     def _with_numbers(self, index: Any) -> Any:
