@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_autotp.compat import grouped_experts_in_fp64, tree_map, without_autocast
 from lightning_autotp.config.training_config import TPTrainingConfig
@@ -359,7 +360,8 @@ def _computing_in(precision: Precision) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     try:
-        with grouped_experts_in_fp64(), without_autocast():
+        # the CPU's flash attention leaves its memory where k and v have different tokens, which a wrong plan may cause
+        with grouped_experts_in_fp64(), without_autocast(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.set_default_dtype(before)
