@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from random import Random
 
-from lightning_autotp.layout.layout import Layout
+from lightning_autotp.layout.layout import Interval, Layout
 from lightning_autotp.plans.plan import HeadInput, LocalAttribute, ParameterPlan, ShardingPlan
 
 Entry = ParameterPlan
@@ -52,11 +52,8 @@ def _is_cut(entry: Entry) -> bool:
 
 
 def _whole(entry: Entry) -> Entry:
-    return replace(
-        entry,
-        layout=Layout.replicated(entry.layout.shape, entry.layout.tp_size),
-        **{"kind": "whole", "gather_output": False, "split_input": False, "tokens": False},
-    )
+    layout = Layout.replicated(entry.layout.shape, entry.layout.tp_size)
+    return replace(entry, layout=layout, kind="whole", gather_output=False, split_input=False, tokens=False)
 
 
 def drop_grad_allreduce(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
@@ -75,9 +72,7 @@ def _attribute(
     if not plan.attributes:
         return None
     one, every = draw.choice(plan.attributes), draw.random() < 0.5
-    changed = [
-        change(each) if each == one or every and each.name == one.name else each for each in plan.attributes
-    ]
+    changed = [change(each) if each == one or every and each.name == one.name else each for each in plan.attributes]
     return replace(plan, attributes=tuple(each for each in changed if each is not None))
 
 
@@ -173,14 +168,14 @@ def ignore_shape(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
         layout = entry.layout
         assert layout.dim is not None
         width = layout.widths[0]
+        parts: tuple[tuple[Interval, ...], ...]
         if len(layout.parts[0]) > 1:
             parts = tuple(((rank * width, width),) for rank in range(layout.tp_size))
         else:
             half = width // 2
             second = layout.tp_size * half
             parts = tuple(
-                ((rank * half, half), (second + rank * (width - half), width - half))
-                for rank in range(layout.tp_size)
+                ((rank * half, half), (second + rank * (width - half), width - half)) for rank in range(layout.tp_size)
             )
         return replace(entry, layout=replace(layout, parts=parts))
 
@@ -200,8 +195,8 @@ def uneven(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
         return _is_cut(entry) and not layout.overlaps and all(len(part) == 1 for part in layout.parts)
 
     def recut(entry: Entry) -> Entry:
-        (first, (start, length), *rest) = [part[0] for part in entry.layout.parts]
-        parts = ((first[0], first[1] + 1), (start + 1, length - 1), *rest)
+        first, (start, length), *rest = (part[0] for part in entry.layout.parts)
+        parts = [(first[0], first[1] + 1), (start + 1, length - 1), *rest]
         return replace(entry, layout=replace(entry.layout, parts=tuple((part,) for part in parts)))
 
     return _with(plan, _chosen(plan, draw, fits), recut)
@@ -215,8 +210,10 @@ def change_regions(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
     kind = draw.choice(["mixes", "reduces", "gone"])
     if kind == "gone":
         del regions[at]
+    elif kind == "mixes":
+        regions[at] = replace(regions[at], mixes=not regions[at].mixes)
     else:
-        regions[at] = replace(regions[at], **{kind: not getattr(regions[at], kind)})
+        regions[at] = replace(regions[at], reduces=not regions[at].reduces)
     return replace(plan, sequence=replace(plan.sequence, regions=tuple(regions)))
 
 

@@ -1,0 +1,1 @@
+"""Random small nets with random rules, by seed."""

@@ -1,0 +1,180 @@
+"""Random nets with random rules and switches: a case of a seed is always the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_autotp import cross_entropy
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.recipe.make_plan import make_plan
+from tests.helpers.fuzz.layers import Attention, Feed, TokenMixer
+from tests.helpers.truth import Batch, Trial
+
+ROWS, TOKENS = 5, 12
+
+
+class Block(nn.Module):
+    """A part with a norm before it or not, and a way around it or not."""
+
+    def __init__(self, draw: Random, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if draw.random() < 0.7 else nn.Identity()
+        kind = draw.choice([Feed, Feed, Feed, Attention, Attention, Attention, TokenMixer])
+        self.part = kind(draw, width)
+        self.around = draw.choice(["add", "add", "add", "none", "gate", "cat", "scale"])
+        if self.around == "gate":
+            self.open = nn.Linear(width, width)
+        elif self.around == "cat":
+            self.close = nn.Linear(2 * width, width)
+        elif self.around == "scale":
+            self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.part(self.norm(x))
+        if self.around == "gate":
+            return x + out * self.open(x).sigmoid()
+        if self.around == "cat":
+            return self.close(torch.cat([x, out], dim=-1))
+        if self.around == "scale":
+            return x + out * self.scale
+        return x + out if self.around == "add" else out
+
+
+class Net(nn.Module):
+    """Tokens to a loss, through some blocks."""
+
+    def __init__(self, draw: Random) -> None:
+        super().__init__()
+        width, vocab = draw.choice([12, 15, 16, 20, 21, 24]), draw.choice([17, 19, 24, 29, 32])
+        self.embed = nn.Embedding(vocab, width)
+        blocks = [Block(draw, width) for _ in range(draw.choice([1, 1, 2, 2, 3]))]
+        if draw.random() < 0.1:
+            blocks.append(blocks[0])  # its parameters are used twice
+        self.listed = draw.random() < 0.7
+        if self.listed:
+            self.blocks = nn.ModuleList(blocks)
+        else:
+            self.amount = len(blocks)
+            for at, block in enumerate(blocks):
+                self.add_module(f"block{at}", block)
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, vocab, bias=draw.random() < 0.3)
+        if draw.random() < 0.3:
+            self.lm_head.weight = self.embed.weight
+        self.loss = draw.choice(["torch", "torch", "ours", "ours", "squares", "penalty"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks if self.listed else (getattr(self, f"block{at}") for at in range(self.amount)):
+            x = block(x)
+        logits = self.lm_head(self.norm(x))[:, :-1]
+        target = tokens[:, 1:]
+        if self.loss == "ours":
+            return cross_entropy(logits, target, self.lm_head)
+        if self.loss == "squares":
+            return logits.square().mean()
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        return loss + 0.01 * x.square().mean() if self.loss == "penalty" else loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random case: what is tried, and the batch that it is proved with."""
+
+    name: str
+    trial: Trial
+    batch: Batch
+
+
+def _noisy(model: nn.Module, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+
+
+def _rule(path: str, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"patterns": [rf"{path}$".replace(".", r"\.")], "partition_type": kind, **fields}
+
+
+def _rules_of(path: str, part: nn.Module, draw: Random) -> list[dict[str, Any]]:
+    """Rules as a user would write them, some of them with a mistake."""
+    slip = lambda p=0.05: draw.random() < p  # noqa: E731 - short
+    if isinstance(part, TokenMixer) or draw.random() < 0.08:
+        return []
+    gathered = draw.random() < 0.12
+    found = []
+    names = [n for n in ("q", "k", "v", "qkv", "up", "gate") if isinstance(getattr(part, n, None), nn.Linear)]
+    parts = {"packed": 3, "view": 3} if isinstance(part, Attention) else dict.fromkeys(("glu", "split", "view"), 2)
+    count = parts.get(part.form if isinstance(part, Attention) else str(part.join))
+    for name in names:
+        if slip(0.04):
+            continue  # it is forgotten
+        fields: dict[str, Any] = {}
+        if count is not None and not slip(0.15) or count is None and slip(0.02):
+            fields["shape"] = [count or 2, -1]
+        if gathered != slip(0.04):
+            fields["gather_output"] = True
+        found.append(_rule(f"{path}.{name}.weight", "column", **fields))
+    row = "o" if isinstance(part, Attention) else "down"
+    fields = {"split_input": True} if gathered != slip(0.04) else {}
+    if isinstance(part, Feed) and part.join == "cat" and not gathered and not slip(0.3):
+        fields["shape"] = [-1, 2, part.down.in_features // 2][:2] if slip() else [-1, [part.down.in_features // 2] * 2]
+    found.append(_rule(f"{path}.{row}.weight", "row", **fields))
+    inside = [n for n, _ in part.named_parameters() if n.startswith(("between.", "q_norm"))]
+    for name in inside:
+        if not gathered and draw.random() < 0.5 or slip():
+            found.append(_rule(f"{path}.{name}", "skip", grad_allreduce=True))
+    return found
+
+
+def case(seed: int) -> Case:
+    """The case of a seed: the first net from there whose rules are not refused when the plan is made."""
+    for attempt in range(200):
+        draw = Random(1000 * seed + attempt)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw.randrange(2**31))
+            net = Net(draw)
+        _noisy(net, draw.randrange(2**31))
+        size = draw.choice([2, 2, 2, 3, 4])
+        rules = []
+        for path, block in net.named_modules():
+            if isinstance(block, Block):
+                rules += _rules_of(f"{path}.part", block.part, draw)
+        tied = net.lm_head.weight is net.embed.weight
+        head, embed = draw.random() < 0.5, draw.random() < 0.4
+        if head:
+            rules.append(_rule("lm_head.weight", "column", gather_output=True))
+        if embed or tied and head:
+            rules.append(_rule("embed.weight", "row"))
+        if draw.random() < 0.05:
+            rules.append(_rule("norm.weight", "skip", grad_allreduce=True))
+        switches = {
+            "sequence_parallel": net.listed and draw.random() < 0.3,
+            "loss_parallel": head and net.loss != "squares" and draw.random() < 0.4,
+            "tp_overlap_comm": draw.random() < 0.25,
+        }
+        net.to(draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16]))
+        config = {"partition_config": {"layer_specs": rules}, **switches}
+        try:
+            loaded = TPTrainingConfig.load(config)
+            plan = make_plan(net, loaded, size)
+        except ValueError:
+            continue
+        vocab = net.embed.num_embeddings
+        batches = _batches(vocab, ROWS, 3, seed=seed + 1)
+        (batch,) = _batches(vocab, 4 if size == 3 else 3, 1, seed=seed + 10**6)
+        on = [name for name, value in switches.items() if value]
+        return Case(f"{seed} TP={size} {' '.join(on)}", Trial(net, plan, loaded, batches), batch)
+    raise AssertionError(f"seed {seed} gives no plan")
+
+
+def _batches(vocab: int, rows: int, count: int, seed: int) -> list[Batch]:
+    draw = torch.Generator().manual_seed(seed)
+    return [{"tokens": torch.randint(vocab, (rows, TOKENS), generator=draw)} for _ in range(count)]

@@ -1,0 +1,37 @@
+"""Random nets under random rules and switches: right ones are proved, wrong ones refuted or made right."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.fuzz.cases import case
+from tests.helpers.truth import FALSE, Kind, counted, judged, of, proof_of, unsharded
+
+CHUNK, CASES = 100, 2000
+
+
+def judge(seed: int) -> tuple[str, Kind]:
+    """The verdict on a case, and what it is of."""
+    found = case(seed)
+    want = unsharded(found.trial)
+    proof = proof_of(found.trial, found.batch)
+    return f"{found.name}: {proof.verdict}", judged(found.trial, want, proof)
+
+
+def check(seeds: range) -> None:
+    counts = counted(map(judge, seeds))
+    assert not any(counts[kind] for kind in FALSE)
+    assert counts["right, proved"] >= 0.85 * of(counts, "right")
+    assert counts["wrong, refuted"] + counts["wrong, made right"] >= 0.9 * of(counts, "wrong")
+    assert of(counts, "right") >= 0.2 * len(seeds)
+
+
+def test_some_random_nets() -> None:
+    check(range(60))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("first", range(0, CASES, CHUNK), ids=lambda first: f"{first}-{first + CHUNK - 1}")
+def test_many_random_nets(first: int) -> None:
+    check(range(first, first + CHUNK))
