@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_autotp import cross_entropy
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.recipe.make_plan import make_plan
-from tests.helpers.fuzz.layers import Attention, Feed, TokenMixer
+from tests.helpers.fuzz.layers import Attention, Feed, SequenceAttention, TokenMixer
 from tests.helpers.truth import Batch, Trial
 
 ROWS, TOKENS = 5, 12
@@ -25,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, draw: Random, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width) if draw.random() < 0.7 else nn.Identity()
-        kind = draw.choice([Feed, Feed, Feed, Attention, Attention, Attention, TokenMixer])
+        kind = draw.choice([*[Feed] * 6, *[SequenceAttention] * 5, Attention, TokenMixer])
         self.part = kind(draw, width)
         self.around = draw.choice(["add", "add", "add", "none", "gate", "cat", "scale"])
         if self.around == "gate":
@@ -53,7 +53,7 @@ class Net(nn.Module):
         super().__init__()
         width, vocab = draw.choice([12, 15, 16, 20, 21, 24]), draw.choice([17, 19, 24, 29, 32])
         self.embed = nn.Embedding(vocab, width)
-        blocks = [Block(draw, width) for _ in range(draw.choice([1, 1, 2, 2, 3]))]
+        blocks = [Block(draw, width) for _ in range(draw.choice([1, 1, 1, 2, 2, 3]))]
         if draw.random() < 0.1:
             blocks.append(blocks[0])  # its parameters are used twice
         self.listed = draw.random() < 0.7
@@ -67,7 +67,7 @@ class Net(nn.Module):
         self.lm_head = nn.Linear(width, vocab, bias=draw.random() < 0.3)
         if draw.random() < 0.3:
             self.lm_head.weight = self.embed.weight
-        self.loss = draw.choice(["torch", "torch", "ours", "ours", "squares", "penalty"])
+        self.loss = draw.choice([*["torch"] * 5, *["ours"] * 5, "squares", "squares", "penalty", "penalty", "weights"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -80,6 +80,8 @@ class Net(nn.Module):
         if self.loss == "squares":
             return logits.square().mean()
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        if self.loss == "weights":
+            return loss + 0.001 * torch.stack([p.square().sum() for p in self.parameters()]).sum()
         return loss + 0.01 * x.square().mean() if self.loss == "penalty" else loss
 
 
@@ -99,13 +101,22 @@ def _noisy(model: nn.Module, seed: int) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
 
 
+def _special(net: Net, draw: Random) -> None:
+    """Parameters that are zero, one or frozen."""
+    for parameter in net.parameters():
+        if draw.random() < 0.05:
+            nn.init.constant_(parameter, float(draw.random() < 0.3))
+        if draw.random() < 0.05:
+            parameter.requires_grad_(False)
+
+
 def _rule(path: str, kind: str, **fields: Any) -> dict[str, Any]:
     return {"patterns": [rf"{path}$".replace(".", r"\.")], "partition_type": kind, **fields}
 
 
 def _rules_of(path: str, part: nn.Module, draw: Random) -> list[dict[str, Any]]:
     """Rules as a user would write them, some of them with a mistake."""
-    slip = lambda p=0.05: draw.random() < p  # noqa: E731 - short
+    slip = lambda p=0.03: draw.random() < p  # noqa: E731 - short
     if isinstance(part, TokenMixer) or draw.random() < 0.08:
         return []
     gathered = draw.random() < 0.12
@@ -114,17 +125,17 @@ def _rules_of(path: str, part: nn.Module, draw: Random) -> list[dict[str, Any]]:
     parts = {"packed": 3, "view": 3} if isinstance(part, Attention) else dict.fromkeys(("glu", "split", "view"), 2)
     count = parts.get(part.form if isinstance(part, Attention) else str(part.join))
     for name in names:
-        if slip(0.04):
+        if slip(0.03):
             continue  # it is forgotten
         fields: dict[str, Any] = {}
-        if count is not None and not slip(0.15) or count is None and slip(0.02):
+        if count is not None and not slip(0.1) or count is None and slip(0.02):
             fields["shape"] = [count or 2, -1]
-        if gathered != slip(0.04):
+        if gathered != slip(0.03):
             fields["gather_output"] = True
         found.append(_rule(f"{path}.{name}.weight", "column", **fields))
     row = "o" if isinstance(part, Attention) else "down"
-    fields = {"split_input": True} if gathered != slip(0.04) else {}
-    if isinstance(part, Feed) and part.join == "cat" and not gathered and not slip(0.3):
+    fields = {"split_input": True} if gathered != slip(0.03) else {}
+    if isinstance(part, Feed) and part.join == "cat" and not gathered and not slip(0.1):
         fields["shape"] = [-1, 2, part.down.in_features // 2][:2] if slip() else [-1, [part.down.in_features // 2] * 2]
     found.append(_rule(f"{path}.{row}.weight", "row", **fields))
     inside = [n for n, _ in part.named_parameters() if n.startswith(("between.", "q_norm"))]
@@ -142,22 +153,28 @@ def case(seed: int) -> Case:
             torch.manual_seed(draw.randrange(2**31))
             net = Net(draw)
         _noisy(net, draw.randrange(2**31))
-        size = draw.choice([2, 2, 2, 3, 4])
+        _special(net, draw)
+        size = draw.choice([2, 2, 2, 2, 3, 4])
         rules = []
         for path, block in net.named_modules():
             if isinstance(block, Block):
                 rules += _rules_of(f"{path}.part", block.part, draw)
         tied = net.lm_head.weight is net.embed.weight
-        head, embed = draw.random() < 0.5, draw.random() < 0.4
-        if head:
+        head = draw.choice(["none", "none", "column", "column", "column", "row"])
+        embed = draw.choice(["none", "none", "none", "row", "row", "column"])
+        if head == "column":
             rules.append(_rule("lm_head.weight", "column", gather_output=True))
-        if embed or tied and head:
+        elif head == "row":
+            rules.append(_rule("lm_head.weight", "row", split_input=draw.random() < 0.95))
+        if embed == "row" or tied and head == "column":
             rules.append(_rule("embed.weight", "row"))
+        elif embed == "column" or tied and head == "row":
+            rules.append(_rule("embed.weight", "column", gather_output=draw.random() < 0.95))
         if draw.random() < 0.05:
             rules.append(_rule("norm.weight", "skip", grad_allreduce=True))
         switches = {
-            "sequence_parallel": net.listed and draw.random() < 0.3,
-            "loss_parallel": head and net.loss != "squares" and draw.random() < 0.4,
+            "sequence_parallel": net.listed and draw.random() < 0.25,
+            "loss_parallel": head == "column" and net.loss != "squares" and draw.random() < 0.4,
             "tp_overlap_comm": draw.random() < 0.25,
         }
         net.to(draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16]))

@@ -38,6 +38,8 @@ OPS: dict[str, Op] = {
     "norm of groups": _in_groups(lambda x: F.layer_norm(x, x.shape[-1:])),
     "groups flipped inside": _in_groups(lambda x: x.flip(-1)),
     "largest of groups": _in_groups(lambda x: x - x.amax(-1, keepdim=True)),
+    "where positive": lambda x, group: torch.where(x > 0.1, x, 0.2 * x),
+    "largest two of groups": _in_groups(lambda x: x * (x >= x.topk(2, -1).values[..., -1:])),
     "every group twice": _in_groups(lambda x: x.repeat_interleave(2, -2)[..., ::2, :]),
 }
 """Those that a cut of whole groups of features leaves right."""
@@ -55,6 +57,9 @@ MIXING: dict[str, Op] = {
     "groups flipped": _in_groups(lambda x: x.flip(-2)),
     "mean of groups": _in_groups(lambda x: x - x.mean(-2, keepdim=True)),
     "first half only": lambda x, group: torch.cat([x[..., : x.shape[-1] // 2] * 2, x[..., x.shape[-1] // 2 :]], -1),
+    "a little of the mean": lambda x, group: x + 0.02 * x.mean(-1, keepdim=True),
+    "largest three": lambda x, group: x * (x >= x.topk(3, -1).values[..., -1:]),
+    "twice if wide": lambda x, group: x * 2 if x.shape[-1] > 18 else x,
     "all alike": lambda x, group: x * x.square().mean().rsqrt(),
 }
 """Those that see across the cut."""
@@ -67,9 +72,9 @@ class Between(nn.Module):
         super().__init__()
         self.group = group
         self.ops = [
-            draw.choice(sorted(MIXING if draw.random() < 0.13 else OPS)) for _ in range(draw.choice([0, 1, 1, 2, 3]))
+            draw.choice(sorted(MIXING if draw.random() < 0.07 else OPS)) for _ in range(draw.choice([0, 1, 1, 2, 3]))
         ]
-        self.form = draw.choice(["none"] * 6 + ["one", "group", "group norm", "all"])
+        self.form = draw.choice(["none"] * 13 + ["one", "group", "group norm"] * 2 + ["all"])
         if self.form in ("one", "group", "all"):
             size = {"one": 1, "group": group, "all": features}[self.form]
             self.gain = nn.Parameter(1 + 0.3 * torch.randn(size))
@@ -135,11 +140,12 @@ class Attention(nn.Module):
         heads = draw.choice([4, 4, 4, 6, 6, 8, 12, 3])
         self.form = draw.choice(["separate", "separate", "separate", "packed", "by head", "view"])
         kv = heads // 2 if self.form == "separate" and heads % 2 == 0 and draw.random() < 0.3 else heads
-        self.name = draw.choice(["num_heads", "n_head", "h", "amount", "-1", "-1", "-1"])
+        self.name = draw.choice(["num_heads", "n_head", "h", "amount", "-1", "-1", "-1", "-1"])
         if self.name != "-1":
             setattr(self, self.name, heads)
         self.groups = heads // kv
         self.causal = draw.random() < 0.5
+        self.dim = 1 if draw.random() < 0.03 else -1  # a softmax over heads
         inner = heads * self.size
         bias = draw.random() < 0.5
         if self.form == "separate":
@@ -190,8 +196,15 @@ class Attention(nn.Module):
             scores = scores - self.slopes[:, None, None] * (place[:, None] - place[None]).abs()
         if self.causal:
             scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1), -1e4)
-        mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
+        mixed = (scores.softmax(self.dim) @ v).transpose(1, 2).reshape(b, s, -1)
         return self.o(self.between(mixed))
+
+
+class SequenceAttention(Attention):
+    """Sequence parallelism knows by its argument that it mixes tokens."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
 
 
 class TokenMixer(nn.Module):
