@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.model_sources.small import group_experts, small_batches, small_config, small_model
@@ -12,6 +14,11 @@ from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.truth import Batch, Trained, Trial, unsharded
 
 SEED, PROOF_SEED = 5, 9
+
+ONLY_FP32 = ("inkling2_text", "inkling2_loop_text")
+"""Types that make tensors of fp32 whatever their weights are."""
+
+RIGHT_IN_FP32 = 1e-2
 
 
 @lru_cache(maxsize=16)
@@ -28,8 +35,12 @@ def trial_of(name: str, size: int, **switches: bool) -> Trial:
     """
     config = TPTrainingConfig.load(dict(switches))
     model = model_of(name)
-    batches = small_batches(small_config(name), 3, seed=SEED)
-    return Trial(model, make_plan(model, config, size), config, batches, group_experts)
+    trial = Trial(model, make_plan(model, config, size), config, _batches(name), group_experts)
+    return replace(trial, dtype=torch.float32, right=RIGHT_IN_FP32) if name in ONLY_FP32 else trial
+
+
+def _batches(name: str) -> list[dict[str, Tensor]]:
+    return small_batches(small_config(name), 3, seed=SEED)
 
 
 @lru_cache(maxsize=16)

@@ -65,6 +65,8 @@ class Trial:
         switches: the config.
         batches: one a step.
         ready: is done to each rank's copy before it is sharded.
+        right: the largest error that is none.
+        dtype: what is computed in.
     """
 
     model: nn.Module
@@ -72,6 +74,8 @@ class Trial:
     switches: TPTrainingConfig
     batches: Sequence[Batch]
     ready: Callable[[Any], None] = lambda model: None
+    right: float = RIGHT
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def unsharded(trial: Trial) -> Trained:
     Raises:
         NotTrainableError: if it fails, or gives losses that are not finite.
     """
-    with in_fp64():
-        model = copy.deepcopy(trial.model).double()
+    with computing_in(trial.dtype):
+        model = copy.deepcopy(trial.model).to(trial.dtype)
         try:
             (found,) = Lockstep[Trained](1).run(lambda mesh: _train(model, trial.batches, None))
         except Exception as error:
@@ -101,11 +105,11 @@ def unsharded(trial: Trial) -> Trained:
 
 def error_of(trial: Trial, want: Trained) -> float:
     """The largest error of a loss, or of a weight's change, on any rank; infinity if the ranks fail."""
-    with in_fp64():
+    with computing_in(trial.dtype):
         models = [copy.deepcopy(trial.model) for _ in range(trial.plan.tp_size)]
         for model in models:
             trial.ready(model)
-            model.double()
+            model.to(trial.dtype)
         try:
             errors = Lockstep[float](trial.plan.tp_size).run(lambda m: _rank_error(trial, models[m.tp_rank], m, want))
         except Exception:
@@ -142,7 +146,8 @@ def _train(model: nn.Module, batches: Sequence[Batch], found: Sharded | None) ->
         optimizer: torch.optim.Optimizer = make()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for batch in part:
-            loss = loss_of(model(**{name: t.double() if t.is_floating_point() else t for name, t in batch.items()}))
+            cast = {n: t.to(torch.get_default_dtype()) if t.is_floating_point() else t for n, t in batch.items()}
+            loss = loss_of(model(**cast))
             optimizer.zero_grad()
             loss.backward()
             if gradients is not None:
@@ -160,10 +165,10 @@ def _finite(error: float) -> float:
 
 
 @contextmanager
-def in_fp64() -> Iterator[None]:
-    """Inside, what names no dtype is fp64, and nothing warns."""
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, what names no dtype is of this one, and nothing warns."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         with warnings.catch_warnings(), grouped_experts_in_fp64(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
@@ -182,7 +187,7 @@ def proof_of(trial: Trial, batch: Batch) -> Proof:
 def judged(trial: Trial, want: Trained, proof: Proof) -> Kind:
     """What a proof says beside what is true."""
     kind = proof.verdict.kind
-    if error_of(trial, want) <= RIGHT:
+    if error_of(trial, want) <= trial.right:
         if kind == "proved":
             return "right, repaired" if proof.repairs else "right, proved"
         return "right, refuted" if kind == "refuted" else "right, unknown"
@@ -191,7 +196,7 @@ def judged(trial: Trial, want: Trained, proof: Proof) -> Kind:
     if not proof.repairs:
         return "wrong, proved"
     repaired = replace(trial, plan=proof.repairs.plan(trial.plan))
-    return "wrong, made right" if error_of(repaired, want) <= RIGHT else "wrong, made wrong"
+    return "wrong, made right" if error_of(repaired, want) <= trial.right else "wrong, made wrong"
 
 
 FALSE: tuple[Kind, ...] = ("right, refuted", "wrong, proved", "wrong, made wrong")

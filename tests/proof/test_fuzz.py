@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.fuzz.cases import case
-from tests.helpers.truth import FALSE, Kind, counted, judged, of, proof_of, unsharded
+from tests.helpers.truth import FALSE, Kind, counted, judged, of, proof_of
 
 CHUNK, CASES = 100, 2000
 
@@ -13,9 +13,8 @@ CHUNK, CASES = 100, 2000
 def judge(seed: int) -> tuple[str, Kind]:
     """The verdict on a case, and what it is of."""
     found = case(seed)
-    want = unsharded(found.trial)
     proof = proof_of(found.trial, found.batch)
-    return f"{found.name}: {proof.verdict}", judged(found.trial, want, proof)
+    return f"{found.name}: {proof.verdict}", judged(found.trial, found.want, proof)
 
 
 def check(seeds: range) -> None:

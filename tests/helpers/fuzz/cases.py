@@ -14,7 +14,7 @@ from lightning_autotp import cross_entropy
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.fuzz.layers import Attention, Feed, SequenceAttention, TokenMixer
-from tests.helpers.truth import Batch, Trial
+from tests.helpers.truth import Batch, NotTrainableError, Trained, Trial, unsharded
 
 ROWS, TOKENS = 5, 12
 
@@ -87,10 +87,11 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A random case: what is tried, and the batch that it is proved with."""
+    """A random case: what is tried, the training that is right, and the batch that it is proved with."""
 
     name: str
     trial: Trial
+    want: Trained
     batch: Batch
 
 
@@ -146,7 +147,7 @@ def _rules_of(path: str, part: nn.Module, draw: Random) -> list[dict[str, Any]]:
 
 
 def case(seed: int) -> Case:
-    """The case of a seed: the first net from there whose rules are not refused when the plan is made."""
+    """The case of a seed: the first net that trains, and whose rules are not refused when its plan is made."""
     for attempt in range(200):
         draw = Random(1000 * seed + attempt)
         with torch.random.fork_rng(devices=[]):
@@ -179,16 +180,17 @@ def case(seed: int) -> Case:
         }
         net.to(draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16]))
         config = {"partition_config": {"layer_specs": rules}, **switches}
+        vocab = net.embed.num_embeddings
         try:
             loaded = TPTrainingConfig.load(config)
             plan = make_plan(net, loaded, size)
-        except ValueError:
+            trial = Trial(net, plan, loaded, _batches(vocab, ROWS, 3, seed=seed + 1), right=1e-5)
+            want = unsharded(trial)
+        except (ValueError, NotTrainableError):
             continue
-        vocab = net.embed.num_embeddings
-        batches = _batches(vocab, ROWS, 3, seed=seed + 1)
         (batch,) = _batches(vocab, 4 if size == 3 else 3, 1, seed=seed + 10**6)
         on = [name for name, value in switches.items() if value]
-        return Case(f"{seed} TP={size} {' '.join(on)}", Trial(net, plan, loaded, batches), batch)
+        return Case(f"{seed} TP={size} {' '.join(on)}", trial, want, batch)
     raise AssertionError(f"seed {seed} gives no plan")
 
 
