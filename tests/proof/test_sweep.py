@@ -8,18 +8,20 @@ import torch
 from lightning_autotp.model_sources.hf import causal_types
 from lightning_autotp.model_sources.small import SWEEP
 from tests.helpers.hf_trials import proof_batch, trial_of, truth_of
-from tests.helpers.truth import FALSE, Kind, NotTrainableError, counted, judged, of, proof_of
+from tests.helpers.truth import FALSE, Kind, counted, judged, of, proof_of
 
 SMALL = ["llama", "gpt_oss", "qwen3_next", "deepseek_v3", "mixtral", "bert", "vit", "gemma3_text", "bart", "codegen"]
 
 
 def judge(name: str, size: int) -> tuple[str, Kind | None]:
-    """The verdict on a type's plan; None if there is none, or it does not train unsharded."""
+    """The verdict on a type's plan; None if there is no small model, or its plan is refused."""
     try:
-        want = truth_of(name)
         trial = trial_of(name, size)
-    except (NotTrainableError, ValueError) as error:
-        return f"{name}: {type(error).__name__}: {error}", None
+    except ValueError as error:
+        return f"{name}: {error}", None
+    if trial.plan.blockers:
+        return f"{name}: {trial.plan.blockers[0]}", None
+    want = truth_of(name)
     proof = proof_of(trial, proof_batch(name))
     return f"{name} at TP={size}: {proof.verdict} {proof.repairs or ''}", judged(trial, want, proof)
 
