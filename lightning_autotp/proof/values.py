@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -27,6 +28,7 @@ from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.copying import alias_copy, own_copy
 from lightning_autotp.proof.error_metrics import (
     BOUNDS,
+    Bounds,
     Errors,
     Precision,
     comparable,
@@ -40,6 +42,7 @@ from lightning_autotp.proof.events import Events, opaque_modules
 from lightning_autotp.proof.first_difference import before_the_failure, first_difference
 from lightning_autotp.proof.randomness import without_randomness
 from lightning_autotp.proof.repair import Repairs, find_repairs
+from lightning_autotp.proof.rounded import Rounded
 from lightning_autotp.proof.source import failing_line
 from lightning_autotp.proof.step import Gradients, Seen, Step
 from lightning_autotp.proof.verdict import Kind, Verdict
@@ -50,6 +53,11 @@ WRONG: dict[Precision, float] = {"fp64": 1e-3, "fp32": 3e-2}
 """The smallest error of a gradient that is surely wrong; between it and the largest of what is right, rounding may be
 the reason. A loss or an output is held to as much less as the bounds of right ones are.
 """
+
+DOUBLE = Bounds(1e-9, 1e-7)
+"""What is right where all is computed in fp64: nets are right to 1e-10 there, and a mistake may be small."""
+
+DOUBLE_WRONG = 1e-6
 
 PARTIAL_SUM = "On each rank it is a partial sum"
 
@@ -73,6 +81,7 @@ class Compared:
         error: what the first rank that failed raised.
         random: the lines that draw random numbers.
         events: of the unsharded run and of the ranks as far as they came, if they were to be watched.
+        double: whether all of the unsharded run was computed in fp64.
     """
 
     model: nn.Module
@@ -82,6 +91,12 @@ class Compared:
     error: Optional[BaseException]
     random: tuple[str, ...]
     events: tuple[Events, ...] = ()
+    double: bool = False
+
+    @property
+    def bounds(self) -> tuple[Bounds, float]:
+        """How large errors of what is right may be, and from where on they are surely wrong."""
+        return (DOUBLE, DOUBLE_WRONG) if self.double else (BOUNDS[self.precision], WRONG[self.precision])
 
 
 @dataclass(frozen=True)
@@ -186,6 +201,7 @@ def _run(
 ) -> Compared:
     cast = _double if precision == "fp64" else _single
     lines: list[str] = []
+    rounded = Rounded()
     events: dict[int, Events] = {}
 
     def watching(model: nn.Module, place: int) -> AbstractContextManager[None]:
@@ -196,7 +212,7 @@ def _run(
 
     def unsharded(mesh: Mesh) -> Seen:
         seen = Seen(own_copy(model), cast=lambda batch: tree_map(cast, batch))
-        with without_randomness(lines), watching(seen.model, 0):
+        with without_randomness(lines), watching(seen.model, 0), rounded:
             step(seen)
         return seen
 
@@ -224,11 +240,12 @@ def _run(
             raise NotRunError(f"it cannot be run on a copy: {_message(error)}") from error
         if not all(bool(torch.isfinite(loss).all()) for loss in full.losses):
             raise NotRunError("its loss is not finite.")
+        made = partial(Compared, model, precision, full, random=tuple(dict.fromkeys(lines)), double=not rounded.found)
         try:
             ranks = Lockstep[Seen](plan.tp_size).run(sharded)
         except Exception as error:
-            return Compared(model, precision, full, (), error, tuple(dict.fromkeys(lines)), _in_order(events))
-    return Compared(model, precision, full, tuple(ranks), None, tuple(dict.fromkeys(lines)), _in_order(events))
+            return made(ranks=(), error=error, events=_in_order(events))
+    return made(ranks=tuple(ranks), error=None, events=_in_order(events))
 
 
 def _in_order(events: Mapping[int, Events]) -> tuple[Events, ...]:
@@ -240,7 +257,8 @@ def judge(compared: Compared, plan: ShardingPlan) -> Verdict:
     if compared.error is not None:
         return Verdict("refuted", (_failure(compared.error),))
     findings: list[tuple[float, Diagnostic]] = []
-    full, strict = compared.full, BOUNDS[compared.precision].tensors / BOUNDS[compared.precision].loss
+    full, (bounds, wrong) = compared.full, compared.bounds
+    strict = bounds.tensors / bounds.loss
     for at, loss in enumerate(full.losses):
         others = [rank.losses[at] if at < len(rank.losses) else None for rank in compared.ranks]
         error = max(_relative(other, loss) for other in others)
@@ -254,8 +272,7 @@ def judge(compared: Compared, plan: ShardingPlan) -> Verdict:
         of_ranks = [rank.gradients[at] if at < len(rank.gradients) else {} for rank in compared.ranks]
         before = [rank.incomplete[min(at, len(rank.incomplete) - 1)] for rank in compared.ranks if rank.incomplete]
         findings += _of_gradients(gradients, of_ranks, before, plan)
-    right, wrong = BOUNDS[compared.precision].tensors, WRONG[compared.precision]
-    bad = sorted(((error, one) for error, one in findings if not error <= right), key=lambda pair: -pair[0])
+    bad = sorted(((error, one) for error, one in findings if not error <= bounds.tensors), key=lambda pair: -pair[0])
     diagnostics = tuple(dict.fromkeys(one for _, one in bad))
     unproved = _unproved(compared)
     if any(not error <= wrong for error, _ in bad):

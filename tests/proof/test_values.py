@@ -240,6 +240,15 @@ def test_ranks_that_would_wait_for_each_other_are_refuted() -> None:
     assert "wait" in str(found)
 
 
+class AlmostRight(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k, v) * (1 + 1e-5 * self.q.weight.shape[0])  # wrong
+
+
+def test_a_small_mistake_is_seen_where_all_is_computed_in_fp64() -> None:
+    assert proof(Net(AlmostRight())).verdict.kind == "refuted"
+
+
 def test_parameters_without_a_gradient_are_named() -> None:
     model = Net(Attention())
     model.unused = nn.Linear(3, 3)
