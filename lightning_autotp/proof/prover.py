@@ -14,10 +14,12 @@ from lightning_autotp.compat import tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof.copying import empty_copy, fill, own_copy
+from lightning_autotp.proof.copying import alias_copy, empty_copy, fill, own_copy
+from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.live import Attributes, attributes, carry_over, flags
-from lightning_autotp.proof.step import LightningStep, Step, first_rows, loss_step
-from lightning_autotp.proof.values import Proof, prove_values
+from lightning_autotp.proof.shorten import restricted, shorten
+from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
+from lightning_autotp.proof.values import Proof, prove_values, quiet
 from lightning_autotp.proof.verdict import Verdict, worst
 from lightning_autotp.proof.watched import Decisions
 
@@ -62,14 +64,14 @@ class Prover:
 
     def __init__(self, model: Optional[nn.Module], plan: ShardingPlan, switches: TPTrainingConfig) -> None:
         self.plan, self.switches = plan, switches
-        self._copy: Optional[nn.Module] = None
+        self._kept: Optional[Kept] = None
         self._reason = ""
         self._before: Attributes = {}
         self._seen: set[Key] = set()
         self.trained = 0
         """How many kinds of training steps were seen."""
         try:
-            self._copy, self._reason = (None, "") if model is None else _kept(model)
+            self._kept = None if model is None else keep(model, plan)
         except Exception as error:  # a proof that cannot be made must not stop a run
             self._reason = f"the model cannot be copied ({type(error).__name__}: {error})"
 
@@ -88,19 +90,44 @@ class Prover:
 
     def prove(self, model: nn.Module, look: Look) -> Proof:
         """Prove the step of the live, sharded ``model``; an error of the proof itself is an unknown verdict."""
-        if self._copy is None:
+        if self._kept is None:
             return Proof(_unknown(self._reason))
         try:
             with torch.inference_mode(False), torch.enable_grad():  # a Trainer evaluates without
-                return self._prove(self._copy, model, look)
+                return self._prove(self._kept, model, look)
         except Exception as error:
             return Proof(_unknown(f"the proof failed ({type(error).__name__}: {error})"))
 
-    def _prove(self, kept: nn.Module, model: nn.Module, look: Look) -> Proof:
-        made = own_copy(kept)
+    def _prove(self, kept: Kept, model: nn.Module, look: Look) -> Proof:
+        """By values if the model is small enough, or is with fewer blocks; else by the dataflow of a training step."""
+        proof = Proof(Verdict("unknown"))
+        if kept.values is not None:
+            made = own_copy(kept.values)
+            carry_over(model, self._before, made)
+            proof = self._by_values(made, model, look)
+            if proof.verdict.kind != "unknown":
+                return replace(proof, repairs=proof.repairs.everywhere(kept.paths))
+        if kept.meta is None or look.stage != "training":
+            return proof
+        made = alias_copy(kept.meta)
         carry_over(model, self._before, made)
-        batch, proof = look.args[0], Proof(Verdict("proved"))
-        for rows in _rows(batch, self.plan.tp_size):
+        return Proof(self._by_dataflow(made, model, look))
+
+    def _by_dataflow(self, made: nn.Module, model: nn.Module, look: Look) -> Verdict:
+        batch = first_rows(look.args[0], _few(self.plan.tp_size))
+        step, _ = self._step(model, replace(look, args=(batch, *look.args[1:])))
+
+        def loss(model: nn.Module) -> Tensor:
+            seen = Seen(model, cast=lambda batch: tree_map(_to_meta, batch), backward=False)
+            step(seen)
+            return torch.stack([one.float() for one in seen.losses]).sum() if len(seen.losses) > 1 else seen.losses[0]
+
+        with quiet():
+            return prove_flow(made, self.plan, self.switches, loss)
+
+    def _by_values(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
+        batch, proof = look.args[0], Proof(Verdict("unknown"))
+        for rows in (_few(self.plan.tp_size), None):
             shortened = batch if rows is None else first_rows(batch, rows)
             if _work(made, shortened) > MOST_WORK:
                 proof = Proof(_unknown("the step is too large to be proved by values"))
@@ -110,17 +137,25 @@ class Prover:
                 return proof
         return proof
 
+    def _step(self, model: nn.Module, look: Look) -> tuple[Step, Decisions]:
+        """What is run, and what notes its decisions."""
+        decisions = Decisions()
+        if look.call is not None:
+            return loss_step(look.call, look.args[0]), decisions
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return LightningStep(look.stage, look.args, look.trainer, names, decisions), decisions
+
     def _of_batch(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         """The proof of a step, and of what it would do if decisions by its number were taken the other way."""
-        if look.call is not None:
-            return self._values(made, loss_step(look.call, look.args[0]), self.plan)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        decisions = Decisions()
-        step = LightningStep(look.stage, look.args, look.trainer, names, decisions)
-        proof = self._values(made, step, self.plan)
+        assert self._kept is not None
+        short = self._kept.plan(self.plan)
+        step, decisions = self._step(model, look)
+        proof = self._values(made, step, short)
+        if not isinstance(step, LightningStep):
+            return proof
         if look.stage == "training" and proof.verdict.kind == "proved":
             step = replace(step, counters=tuple(decisions.changed))
-        plan = proof.repairs.plan(self.plan)
+        plan = proof.repairs.plan(short)
         if step.counters:
             proof = replace(proof, verdict=self._values(made, step, plan).verdict)
         found, made_first = [proof.verdict], list(decisions.made)
@@ -149,19 +184,48 @@ def structure(batch: Any) -> Any:
     return type(batch).__name__
 
 
-def _kept(model: nn.Module) -> tuple[Optional[nn.Module], str]:
-    made = empty_copy(model)
-    size = sum(parameter.numel() for parameter in made.parameters())
-    if size > LARGEST:
-        return None, f"it has {size:,} parameters, too many to be proved by values"
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of an unsharded model.
+
+    Args:
+        values: a copy with values, maybe with fewer blocks; None of a model that is too large even so.
+        meta: a copy on the meta device; None where ``values`` has all blocks.
+        paths: those of all modules.
+    """
+
+    values: Optional[nn.Module]
+    meta: Optional[nn.Module]
+    paths: tuple[str, ...]
+
+    def plan(self, plan: ShardingPlan) -> ShardingPlan:
+        """The plan of what is left in ``values``."""
+        return plan if self.values is None or self.meta is None else restricted(plan, self.values)
+
+
+def keep(model: nn.Module, plan: ShardingPlan) -> Kept:
+    """Copy what is needed of ``model`` to prove its steps once it is sharded."""
+    made, paths = empty_copy(model), tuple(path for path, _ in model.named_modules())
+    meta = None
+    if _size(made) > LARGEST:
+        meta = empty_copy(model).to("meta")
+        if plan.sequence is not None or not shorten(made, plan) or _size(made) > LARGEST:
+            return Kept(None, meta, paths)
     fill(made, model)
-    return made.to("cpu"), ""  # a LightningModule remembers where it was
+    return Kept(made.to("cpu"), meta, paths)  # a LightningModule remembers where it was
 
 
-def _rows(batch: Any, tp_size: int) -> list[Optional[int]]:
-    """How many rows of a batch to look at: first a few that the ranks do not divide, then all of them."""
-    few = next(rows for rows in range(3, 3 + tp_size + 2) if rows % tp_size)
-    return [few, None]
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _to_meta(value: Any) -> Any:
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+
+def _few(tp_size: int) -> int:
+    """A few rows, which the ranks do not divide."""
+    return next(rows for rows in range(3, 3 + tp_size + 2) if rows % tp_size)
 
 
 def _work(model: nn.Module, batch: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Optional
@@ -37,6 +37,15 @@ class Repairs:
     def __bool__(self) -> bool:
         """Whether there is anything to repair."""
         return bool(self.partial or self.local or self.full)
+
+    def everywhere(self, paths: Sequence[str]) -> Repairs:
+        """Make the repairs of some blocks those of all blocks that are alike, whose modules are among ``paths``."""
+
+        def spread(found: tuple[LocalAttribute, ...]) -> tuple[LocalAttribute, ...]:
+            alike = ((one, path) for one in found for path in paths if _generic(path) == _generic(one.module))
+            return tuple(dict.fromkeys(replace(one, module=path) for one, path in alike))
+
+        return replace(self, local=spread(self.local), full=spread(self.full))
 
     def plan(self, plan: ShardingPlan) -> ShardingPlan:
         """The plan with these repairs; gradients of parameters in other blocks that are alike are summed, too."""

@@ -79,6 +79,7 @@ class StandInTrainer:
         names: the run's own parameters by their names, with which its optimizers are found in the copy.
         decisions: notes what is decided by the run's counters.
         stepped: is called with an optimizer's parameters when it steps.
+        backward: whether to run the backward passes of manual optimization.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class StandInTrainer:
         names: Mapping[int, str],
         decisions: Decisions,
         stepped: Callable[[list[nn.Parameter]], None],
+        backward: bool = True,
     ) -> None:
         own = dict(module.named_parameters())
         optimizers = [
             StandInOptimizer(optimizer, _groups(optimizer.param_groups, names, own), stepped)
             for optimizer in (getattr(real, "optimizers", None) or ())
         ] or [StandInOptimizer(optimizer, optimizer.param_groups, stepped) for optimizer in _configured(module)]
-        self._real, self._decisions = real, decisions
+        self._real, self._decisions, self._runs_backward = real, decisions, backward
         ours = getattr(real, "strategy", None)
         sizes = {name: getattr(ours, name, 1) for name in ("world_size", "dp_size", "tp_size")}
         ranks = {name: getattr(ours, name, 0) for name in ("global_rank", "dp_rank", "tp_rank")}
@@ -120,11 +122,12 @@ class StandInTrainer:
         self.should_stop = False
 
     def _backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        self.losses.append(loss.detach())
-        loss.backward(*args, **kwargs)
+        self.losses.append(loss.detach() if self._runs_backward else loss)
+        if self._runs_backward:
+            loss.backward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_real", "_decisions"):
+        if name.startswith("__") or name in ("_real", "_decisions", "_runs_backward"):
             raise AttributeError(name)
         value = _BEFORE_A_RUN[name] if self._real is None and name in _BEFORE_A_RUN else getattr(self._real, name)
         return watch(value, f"trainer.{name}", self._decisions) if name in COUNTERS else value

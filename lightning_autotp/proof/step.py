@@ -39,6 +39,8 @@ class Seen:
     """The gradients before they were completed."""
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """What was returned and logged."""
+    backward: bool = True
+    """Whether backward passes are run; without, ``losses`` can be differentiated."""
 
     def backward_ended(self) -> None:
         """Complete the gradients."""
@@ -71,7 +73,9 @@ def loss_step(call: Callable[[nn.Module, Any], Tensor], batch: Any) -> Step:
     def run(seen: Seen) -> None:
         seen.model.train()
         loss = call(seen.model, seen.cast(batch))
-        seen.losses.append(loss.detach())
+        seen.losses.append(loss.detach() if seen.backward else loss)
+        if not seen.backward:
+            return
         loss.backward()
         seen.backward_ended()
         seen.optimizer_steps()
@@ -142,7 +146,9 @@ class LightningStep:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError("training_step returned no loss; there is nothing to look at.")
-        seen.losses.append(loss.detach())
+        seen.losses.append(loss.detach() if seen.backward else loss)
+        if not seen.backward:
+            return
         optimizer = trainer.optimizers[0]
         module.on_before_backward(loss)
         module.backward(loss)
@@ -164,7 +170,7 @@ def _trained_by(step: LightningStep, module: Any, seen: Seen, decisions: Decisio
         seen.backward_ended()
         seen.optimizer_steps(parameters)
 
-    trainer = StandInTrainer(module, step.trainer, step.names, decisions, stepped)
+    trainer = StandInTrainer(module, step.trainer, step.names, decisions, stepped, backward=seen.backward)
 
     def log(name: str, value: Any, *_: Any, **__: Any) -> None:
         _take(value, f"the logged {name!r}", seen.outputs)

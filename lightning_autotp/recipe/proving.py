@@ -77,7 +77,7 @@ def act_on(verdict: Verdict, look: Look, switches: TPTrainingConfig) -> None:
                 f"{text}\nMend the rules or the code that is named; `proof='warn'` would train all the same."
             )
         rank_zero_warn(text)
-    elif verdict.kind == "unknown":
+    elif verdict.kind == "unknown" and (verdict.findings or switches.proof == "require"):
         text = f"it is not proved that {step} computes what that of the unsharded model does.\n{verdict.listed}"
         if switches.proof == "require":
             raise PlanRefutedError(f"{text}\nproof='require' asks for it; 'on' would go on with a warning.")
