@@ -73,9 +73,9 @@ def _shortened(
 ) -> Optional[Verdict]:
     """The verdict of the model with fewer blocks; None if there are none to leave out, or it does not run so."""
     short = copy.deepcopy(model)
-    if plan.sequence is not None or not shorten(short, plan):
-        return None
     try:
+        if plan.sequence is not None or not shorten(short, plan):
+            return None
         return _proved(short, restricted(plan, short), switches, call, backward)
     except Exception:
         return None

@@ -145,7 +145,7 @@ class _Kinds:
             return ("method", self.of(value.__func__), self.of(value.__self__))
         if isinstance(value, FunctionType):
             return self._function(value)
-        if is_dataclass(value):
+        if is_dataclass(value) and not hasattr(value, "__dict__"):  # others may compute what they are asked for
             return ("data", type(value), tuple(self.of(getattr(value, one.name)) for one in fields(value)))
         return self._object(value)
 
