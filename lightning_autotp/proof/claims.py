@@ -14,6 +14,9 @@ from lightning_autotp.proof.flow import Flow, Known, Mixed, Poison
 from lightning_autotp.proof.markers import Marked
 from lightning_autotp.proof.recorded import HIDDEN, Ref
 
+NEEDS_SUM = "Its rule needs grad_allreduce."
+"""The fix of a replicated parameter whose gradient is a partial sum on each rank."""
+
 
 def check_loss(flow: Flow) -> Iterator[Poison]:
     """What is wrong or unknown of the loss."""
@@ -64,7 +67,7 @@ def check_gradient(flow: Flow, entry: ParameterPlan, opaque: tuple[str, ...]) ->
             tokens = any(flow.marked[path].tokens for path in opaque) and entry.layout.is_replicated
             if tokens and not entry.grad_allreduce:
                 said = "its gradient is a sum over each rank's own tokens."
-                yield _poison("wrong", entry.name, said, "Its rule needs grad_allreduce.")
+                yield _poison("wrong", entry.name, said, NEEDS_SUM)
             elif entry.grad_allreduce and entry.layout.is_replicated and not tokens:
                 yield _whole(entry)
             continue
@@ -116,7 +119,7 @@ def _placed(entry: ParameterPlan, value: Known) -> Iterator[Poison]:
     elif entry.layout.is_replicated:
         if held.partial and not entry.grad_allreduce:
             said = f"its gradient is a partial sum on each rank{through}."
-            yield _poison("wrong", entry.name, said, "Its rule needs grad_allreduce.")
+            yield _poison("wrong", entry.name, said, NEEDS_SUM)
         elif not held.partial and entry.grad_allreduce:
             yield _whole(entry)
     elif held.partial != entry.layout.overlaps:

@@ -14,9 +14,11 @@ from lightning_autotp.compat import tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.claims import NEEDS_SUM
 from lightning_autotp.proof.copying import alias_copy, empty_copy, fill, own_copy
 from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.live import Attributes, attributes, carry_over, flags
+from lightning_autotp.proof.repair import Repairs
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
 from lightning_autotp.proof.values import Proof, prove_values, quiet
@@ -111,9 +113,9 @@ class Prover:
             return proof
         made = alias_copy(kept.meta)
         carry_over(model, self._before, made)
-        return Proof(self._by_dataflow(made, model, look))
+        return self._by_dataflow(made, model, look)
 
-    def _by_dataflow(self, made: nn.Module, model: nn.Module, look: Look) -> Verdict:
+    def _by_dataflow(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         batch = first_rows(look.args[0], _few(self.plan.tp_size))
         step, _ = self._step(model, replace(look, args=(batch, *look.args[1:])))
 
@@ -123,7 +125,14 @@ class Prover:
             return torch.stack([one.float() for one in seen.losses]).sum() if len(seen.losses) > 1 else seen.losses[0]
 
         with quiet():
-            return prove_flow(made, self.plan, self.switches, loss)
+            verdict = prove_flow(made, self.plan, self.switches, loss)
+            partial = tuple(one.where for one in verdict.findings if one.fix == NEEDS_SUM)
+            if partial:
+                repairs = Repairs(partial)
+                again = prove_flow(made, repairs.plan(self.plan), self.switches, loss)
+                if again.kind == "proved":
+                    return Proof(again, repairs)
+        return Proof(verdict)
 
     def _by_values(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         batch, proof = look.args[0], Proof(Verdict("unknown"))
