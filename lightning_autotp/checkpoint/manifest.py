@@ -6,6 +6,7 @@ import platform
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -131,11 +132,13 @@ class Manifest:
 
 def seal(path: Path, save_id: str) -> Written:
     """Write the save's id behind what DCP reads of a shard, and have it all on the disk."""
-    with path.open("ab") as stream:
+    with path.open("ab") as stream, ThreadPoolExecutor(1) as beside:
         stream.write(_SEAL + save_id.encode())
         stream.flush()
-        os.fsync(stream.fileno())
-    return finished(path)
+        synchronized = beside.submit(os.fsync, stream.fileno())  # the disk works while this process computes
+        written = finished(path)
+        synchronized.result()
+    return written
 
 
 def seal_of(path: Path) -> str:
