@@ -53,8 +53,15 @@ def copied(module: nn.Module, parameter: Make, buffer: Make) -> nn.Module:
 
 
 def empty_copy(module: nn.Module) -> nn.Module:
-    """Copy ``module`` with its parameters on the meta device; buffers, which are small and hold indices, are real."""
-    return copied(module, lambda t: torch.empty_like(t, device="meta"), lambda t: t.cpu().clone())
+    """Copy ``module`` with its parameters on the meta device; buffers, which are small and hold indices, are real.
+
+    What is on the meta device already stays there.
+    """
+    return copied(
+        module,
+        lambda t: torch.empty_like(t, device="meta"),
+        lambda t: torch.empty_like(t) if t.is_meta else t.cpu().clone(),
+    )
 
 
 def alias_copy(module: nn.Module) -> nn.Module:

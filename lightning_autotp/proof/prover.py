@@ -215,6 +215,8 @@ class Kept:
 def keep(model: nn.Module, plan: ShardingPlan) -> Kept:
     """Copy what is needed of ``model`` to prove its steps once it is sharded."""
     made, paths = empty_copy(model), tuple(path for path, _ in model.named_modules())
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # values come when it is sharded
+        return Kept(None, made.to("meta"), paths)
     meta = None
     if _size(made) > LARGEST:
         meta = empty_copy(model).to("meta")

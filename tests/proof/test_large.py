@@ -101,3 +101,12 @@ def test_a_last_block_of_another_kind_is_not_left_out(monkeypatch: pytest.Monkey
     model = Regressor(stack(*[Net] * 5, SoftmaxInside))
     found, _ = proof(model, 0, monkeypatch)
     assert found.verdict.kind == "refuted", found.verdict
+
+
+def test_a_model_on_the_meta_device_is_proved_by_dataflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        right, wrong = Regressor(Net), Regressor(SoftmaxInside)
+    found, _ = proof(right, 10**9, monkeypatch)
+    assert found.verdict.kind == "proved", found.verdict
+    found, _ = proof(wrong, 10**9, monkeypatch)
+    assert found.verdict.kind == "refuted", found.verdict
