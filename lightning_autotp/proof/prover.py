@@ -83,7 +83,7 @@ class Prover:
 
     def is_new(self, model: nn.Module, look: Look) -> bool:
         """Whether no step of this kind was seen before; it is from now on."""
-        key = (look.stage, look.args[1:] and look.args[2:], structure(look.args[0]), flags(model))
+        key = (look.stage, look.call, look.args[2:], structure(look.args[0]), flags(model))
         if key in self._seen:
             return False
         self._seen.add(key)
