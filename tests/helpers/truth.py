@@ -90,7 +90,7 @@ def unsharded(trial: Trial) -> Trained:
     """The training that is right.
 
     Raises:
-        NotTrainableError: if it fails, or gives losses that are not finite.
+        NotTrainableError: if it fails, gives losses that are not finite, or changes no weight.
     """
     with computing_in(trial.dtype):
         model = copy.deepcopy(trial.model).to(trial.dtype)
@@ -100,6 +100,8 @@ def unsharded(trial: Trial) -> Trained:
             raise NotTrainableError(f"{type(error).__name__}: {error}") from error
     if not all(math.isfinite(loss) for loss in found.losses):
         raise NotTrainableError(f"its losses are {found.losses}")
+    if not any(bool(change.any()) for changes in found.changes[:1] for change in changes.values()):
+        raise NotTrainableError("it learns nothing, so that all plans are right")
     return found
 
 
@@ -212,6 +214,11 @@ def counted(found: Iterable[tuple[str, Kind]]) -> Counter[Kind]:
         if kind in FALSE or kind.endswith("unknown"):
             print(f"{kind}: {name}")
     return counts
+
+
+def proved(counts: Counter[Kind]) -> int:
+    """How many right ones are proved; gradients that are summed besides may be zero where they are judged."""
+    return counts["right, proved"] + counts["right, repaired"]
 
 
 def of(counts: Counter[Kind], truth: str) -> int:

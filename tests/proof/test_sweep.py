@@ -8,7 +8,7 @@ import torch
 from lightning_autotp.model_sources.hf import causal_types
 from lightning_autotp.model_sources.small import SWEEP
 from tests.helpers.hf_trials import proof_batch, trial_of, truth_of
-from tests.helpers.truth import FALSE, Kind, counted, judged, of, proof_of
+from tests.helpers.truth import FALSE, Kind, counted, judged, of, proof_of, proved
 
 SMALL = ["llama", "gpt_oss", "qwen3_next", "deepseek_v3", "mixtral", "bert", "vit", "gemma3_text", "bart", "codegen"]
 
@@ -33,7 +33,7 @@ def check(names: list[str], size: int, unknown: int) -> None:
             print(f"{kind or 'not tried'}: {said}")
     counts = counted((said, kind) for said, kind in found if kind is not None)
     assert not any(counts[kind] for kind in FALSE)
-    assert counts["right, proved"] >= of(counts, "right") - unknown
+    assert proved(counts) >= of(counts, "right") - unknown
     assert counts["wrong, refuted"] + counts["wrong, made right"] == of(counts, "wrong")
     assert of(counts, "right") >= 0.9 * len(names)
 

@@ -103,10 +103,11 @@ def _noisy(model: nn.Module, seed: int) -> None:
 
 
 def _special(net: Net, draw: Random) -> None:
-    """Parameters that are zero, one or frozen."""
+    """Parameters that are zero, one or frozen; no matrix of ones, whose features would be alike but for rounding."""
     for parameter in net.parameters():
         if draw.random() < 0.05:
-            nn.init.constant_(parameter, float(draw.random() < 0.3))
+            ones = draw.random() < 0.3 and parameter.ndim == 1
+            nn.init.constant_(parameter, float(ones))
         if draw.random() < 0.05:
             parameter.requires_grad_(False)
 
