@@ -73,11 +73,11 @@ class ColumnGroup:
         self.input, self.state, self.offered = x, state, False
         return self._take(place)
 
-    def gather(self, x: Tensor, overlap: Overlap, length: int) -> Optional[Tensor]:
+    def gather(self, x: Tensor, overlap: Overlap, length: int, rows: Optional[int] = None) -> Optional[Tensor]:
         """All tokens ``[B, S, K]`` of every rank's ``x [1, T_r, K]``; the members' outputs on them wait to be taken.
 
-        None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S. Under autocast what
-        comes back has its dtype, in which all members read it anyway and half as much travels.
+        None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S and ``rows`` B. Under
+        autocast what comes back has its dtype, in which all members read it anyway and half as much travels.
         """
         alike = self.steady and len(set(self.company)) == 1 and self.takes_offers
         if not alike or not (torch.is_grad_enabled() and x.requires_grad):
@@ -86,7 +86,7 @@ class ColumnGroup:
         columns = None if tracing else self
         x, weights, biases = self._cast(x, self.members)
         full, *outputs = GatherColumns.apply(
-            x, columns, overlap, self.form, length, len(self.members), *weights, *biases
+            x, columns, overlap, self.form, length, rows, len(self.members), *weights, *biases
         )
         results = dict(enumerate(outputs))
         if tracing:

@@ -81,17 +81,19 @@ class GatherColumns(torch.autograd.Function):
         overlap: Overlap,
         form: str,
         length: int,
+        rows: Optional[int],
         count: int,
         *params: Optional[Tensor],
     ) -> Any:
         weights, biases = params[:count], params[count:]
         full, products = overlap.gather_matmul(x[0], weights, biases, form)  # type: ignore[arg-type]
-        outputs = tuple(as_sequences(y, length) for y in (full, *products))
+        outputs = tuple(as_sequences(y, length, rows) for y in (full, *products))
         if torch.compiler.is_compiling():  # a view, so that changing it in place is an error: results would be stale
             outputs = (outputs[0].view_as(outputs[0]), *outputs[1:])
-        trains = any(ctx.needs_input_grad[6 : 6 + count])
+        trains = any(ctx.needs_input_grad[7 : 7 + count])
         ctx.save_for_backward(outputs[0] if trains else None, *weights)
-        ctx.columns, ctx.overlap, ctx.padding = columns, overlap, full.shape[0] % length
+        ctx.columns, ctx.overlap = columns, overlap
+        ctx.padding = full.shape[0] - outputs[0].shape[:2].numel()
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -110,10 +112,10 @@ class GatherColumns(torch.autograd.Function):
                 gx = torch.cat([gx, gx.new_zeros(ctx.padding, gx.shape[1])])
             part = ctx.overlap.scatter(gx)
         of_parameters = _parameter_gradients(
-            flat, None if full is None else full.flatten(0, 1), ctx.needs_input_grad[6:]
+            flat, None if full is None else full.flatten(0, 1), ctx.needs_input_grad[7:]
         )
         gathered = part()
-        return None if gathered is None else gathered[None], None, None, None, None, None, *of_parameters
+        return None if gathered is None else gathered[None], None, None, None, None, None, None, *of_parameters
 
 
 def _nothing() -> None:

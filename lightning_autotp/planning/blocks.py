@@ -23,10 +23,10 @@ def shared_blocks(model: nn.Module, plan: ShardingPlan) -> dict[str, nn.Module]:
     lists, _ = block_lists(model, plan)
     if not lists:
         raise ValueError(
-            f"{switch}: it needs a list of blocks (nn.ModuleList) around row cuts, and {type(model).__name__} has none;"
-            " leave it off for this model."
+            f"{switch}: it needs a list of blocks (nn.ModuleList or nn.Sequential) around row cuts, and"
+            f" {type(model).__name__} has none; leave it off for this model."
         )
-    blocks = {f"{path}.{name}": block for path in lists for name, block in model.get_submodule(path).named_children()}
+    blocks = {name: block for path in lists for name, block in children_of(model, path).items()}
     for path in blocks:
         inside = [e for e in plan.parameters.values() if f"{e.module}.".startswith(f"{path}.")]
         if opens(inside) != closes(inside):
@@ -42,14 +42,43 @@ def block_lists(model: nn.Module, plan: ShardingPlan) -> tuple[list[str], list[s
     """The paths of the outermost lists that hold row cuts, and of the row cuts in none of them."""
     rows = [e.module for e in cut_of(list(plan.parameters.values())) if e.kind == "row"]
     outer = lists_around(model, rows)
-    return outer, [row for row in rows if not row.startswith(tuple(f"{path}." for path in outer))]
+    return outer, [row for row in rows if not _holds(outer, row)]
 
 
 def lists_around(model: nn.Module, modules: list[str]) -> list[str]:
-    """The paths of the outermost ``nn.ModuleList`` that hold some of ``modules``."""
-    lists = [path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.ModuleList)]
-    found = [path for path in lists if path and any(module.startswith(f"{path}.") for module in modules)]
-    return [path for path in found if not any(path.startswith(f"{other}.") for other in found if other != path)]
+    """The paths of the outermost ``nn.ModuleList`` that hold some of ``modules``, and for the rest ``nn.Sequential``.
+
+    A ``nn.Sequential`` is one of blocks if what it holds of them lies deeper than its children; of those around each
+    other it is the outermost whose blocks are several.
+    """
+    named = dict(model.named_modules(remove_duplicate=False))
+    found = _outermost([p for p, module in named.items() if p and isinstance(module, nn.ModuleList)], modules)
+    rest = [module for module in modules if not _holds(found, module)]
+    counts = {}
+    for path, module in named.items() if rest else ():
+        if isinstance(module, nn.Sequential):
+            holding = [child for child in children_of(model, path) if any(_holds([child], one) for one in rest)]
+            if not set(holding) & set(rest):
+                counts[path] = len(holding)
+    several = [path for path, count in counts.items() if count > 1]
+    return found + _outermost(several or list(counts), rest)
+
+
+def children_of(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The children of the module at ``path``, by their own paths."""
+    prefix = f"{path}." if path else ""
+    return {f"{prefix}{name}": child for name, child in model.get_submodule(path).named_children()}
+
+
+def _outermost(paths: list[str], modules: list[str]) -> list[str]:
+    """Those that hold some of ``modules`` and are in no other such one."""
+    found = [path for path in paths if any(_holds([path], module) for module in modules)]
+    return [path for path in found if not any(_holds([other], path) for other in found if other != path)]
+
+
+def _holds(paths: list[str], module: str) -> bool:
+    """Whether ``module`` is in one of ``paths``, or one of them."""
+    return any(not path or f"{module}.".startswith(f"{path}.") for path in paths)
 
 
 def opens(entries: list[ParameterPlan]) -> bool:

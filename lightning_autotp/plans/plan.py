@@ -131,27 +131,28 @@ class HeadInput:
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a block whose inside is cut: under sequence parallelism it gets all tokens.
+    """A part of a block that gets all tokens under sequence parallelism: it is sharded, or it may mix them.
 
     Args:
         module: its path.
+        block: the path of its block.
         reduces: whether its gather and scatter take over the all-reduces of the column and row cuts in it.
-        mixes: whether it works on sequences (attention); otherwise it is given all tokens as one.
         rows: the paths of its row linears.
+        sharded: whether anything in it is; otherwise every rank computes all of it.
     """
 
     module: str
+    block: str
     reduces: bool
-    mixes: bool
     rows: tuple[str, ...] = ()
+    sharded: bool = True
 
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Where tokens are split and gathered: at the input of block ``first``, the output of ``last``, around regions."""
+    """Where tokens are split and gathered: at the input of the first block, the output of the last, around regions."""
 
-    first: str
-    last: str
+    blocks: tuple[str, ...]
     regions: tuple[Region, ...]
 
 

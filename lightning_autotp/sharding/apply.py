@@ -56,7 +56,7 @@ def apply_plan(model: nn.Module, plan: ShardingPlan, mesh: Mesh, device: torch.d
     batch = Batch()
     if plan.sequence is not None:
         by_region = _columns_of_regions(plan, columns, beside)
-        batch = apply_sequence(model, plan.sequence, by_region, beside, whole_routing=bool(plan.boundaries))
+        batch = apply_sequence(model, plan.sequence, by_region, beside)
     _keep_off_fast_paths(model)
     mesh.collectives.add_groups(_owners(plan, mesh))
     found = Sharded(plan, mesh, columns, batch, beside)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from lightning_autotp.compat import is_compiled_in_place, is_compiled_module
-from lightning_autotp.planning.blocks import cut_of, lists_around
+from lightning_autotp.planning.blocks import children_of, cut_of, lists_around
 from lightning_autotp.plans.plan import ShardingPlan
 
 
@@ -29,12 +29,12 @@ def compile_blocks(model: nn.Module, plan: ShardingPlan) -> None:
     lists = lists_around(model, [entry.module for entry in (cut_of(entries) if plan.tp_size > 1 else entries)])
     if not lists:
         raise ValueError(
-            "compile: it needs lists of blocks (nn.ModuleList) around the layers that are cut, and here are none; leave"
-            " it off, and call `.compile()` on the modules to compile in `configure_model`."
+            "compile: it needs lists of blocks (nn.ModuleList or nn.Sequential) around the layers that are cut, and"
+            " here are none; leave it off, and call `.compile()` on the modules to compile in `configure_model`."
         )
     routed = [f"{boundary.module}." for boundary in plan.boundaries] if plan.sequence is None else []
     for path in lists:
-        for name, block in model.get_submodule(path).named_children():
+        for name, block in children_of(model, path).items():
             if not is_compiled_in_place(block):
-                routes = any(module.startswith(f"{path}.{name}.") for module in routed)
+                routes = any(module.startswith(f"{name}.") for module in routed)
                 block.compile(options={"deterministic": True} if routes else None)
