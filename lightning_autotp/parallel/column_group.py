@@ -73,7 +73,7 @@ class ColumnGroup:
         self.input, self.state, self.offered = x, state, False
         return self._take(place)
 
-    def gather(self, x: Tensor, overlap: Overlap, length: int, rows: Optional[int] = None) -> Optional[Tensor]:
+    def gather(self, x: Tensor, overlap: Overlap, length: int, rows: int) -> Optional[Tensor]:
         """All tokens ``[B, S, K]`` of every rank's ``x [1, T_r, K]``; the members' outputs on them wait to be taken.
 
         None where members do not take them, or no gradient of ``x`` is recorded; ``length`` is S and ``rows`` B. Under

@@ -81,7 +81,7 @@ class GatherColumns(torch.autograd.Function):
         overlap: Overlap,
         form: str,
         length: int,
-        rows: Optional[int],
+        rows: int,
         count: int,
         *params: Optional[Tensor],
     ) -> Any:

@@ -23,8 +23,8 @@ _SHAPE, _SIDE, _FULL = "_autotp_sequences", "_autotp_side", "_autotp_full"
 _OF_SEQUENCES = ("attention_mask", "position_ids", "position_embeddings")
 """Arguments of blocks that only attention reads, which is given whole sequences."""
 
-Shape = tuple[Optional[int], int]
-"""How many sequences of which length; without their number they are all that tokens fill."""
+Shape = tuple[int, int]
+"""How many sequences of which length."""
 
 
 class Batch:
@@ -37,7 +37,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.count = self.length = 0
-        self.seen: set[tuple[int, int]] = set()
+        self.seen: set[Shape] = set()
         self.again = ""
         """The block that was last computed again."""
 
@@ -53,8 +53,7 @@ class Batch:
         if torch.compiler.is_compiling():
             self.length = _told(kwargs) or self.length
             return
-        rows, self.length = self.of(x, kwargs, ranks)
-        self.count = rows or 0
+        self.count, self.length = self.of(x, kwargs, ranks)
         self.again = path if in_backward() else ""
 
     def of(self, x: Tensor, kwargs: Mapping[str, Any], ranks: int, block: str = "") -> Shape:
@@ -70,8 +69,11 @@ class Batch:
             ValueError: if that cannot be known for certain.
         """
         told = _told(kwargs)
-        if torch.compiler.is_compiling():  # what is compiled may be computed again, too: rows are all that tokens fill
-            return None if torch.is_grad_enabled() else self.count, told or self.length
+        if torch.compiler.is_compiling():
+            # maybe again, after another batch: then rows are all that tokens fill
+            length = told or self.length
+            known = part_of(self.count, length, ranks) == x.shape[1]
+            return self.count if known else ranks * x.shape[1] // length, length
         if not in_backward():
             setattr(x, _SHAPE, (self.count, self.length))
             return self.count, self.length
@@ -156,13 +158,7 @@ def _attach_block(module: nn.Module, path: str, is_first: bool, batch: Batch, me
                 " known; leave it off for this model."
             )
         if is_first:
-            rows, length = x.shape[0], x.shape[1]
-            if torch.compiler.is_compiling() and torch.is_grad_enabled() and -(rows * length) % mesh.tp_size >= length:
-                raise ValueError(
-                    f"sequence_parallel: {rows} sequences of {length} tokens are too short to be told from the padding"
-                    f" for {mesh.tp_size} ranks in compiled blocks; use longer ones."
-                )
-            batch.begin(rows, length, path)
+            batch.begin(x.shape[0], x.shape[1], path)
         elif x.shape[0] != 1 or _is_other(x, batch, mesh):
             raise ValueError(
                 f"sequence_parallel: {path} is given {list(x.shape)}, which is not this rank's tokens of the hidden"
@@ -305,7 +301,7 @@ class _GatherTokens(torch.autograd.Function):
     """Forward: all-gather ``[1, T_r, H]`` -> ``[B, S, H]``. Backward: reduce-scatter of partial gradients, or part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, overlap: Overlap, reduce: bool, length: int, rows: Optional[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, overlap: Overlap, reduce: bool, length: int, rows: int) -> Tensor:
         full = overlap.mesh.collectives.all_gather(x[0].contiguous())
         ctx.overlap, ctx.reduce = overlap, reduce
         sequences = as_sequences(full, length, rows)
@@ -347,10 +343,10 @@ def _part(x: Tensor, mesh: Mesh) -> Tensor:
     return x[mesh.tp_rank * rows : (mesh.tp_rank + 1) * rows].clone()
 
 
-def gather_tokens(x: Tensor, overlap: Overlap, *, reduce: bool, length: int, rows: Optional[int]) -> Tensor:
+def gather_tokens(x: Tensor, overlap: Overlap, *, reduce: bool, length: int, rows: int) -> Tensor:
     """All tokens ``[B, S, H]``, B being ``rows`` and S ``length``, from every rank's own ``[1, T_r, H]``.
 
-    Padding is dropped; without ``rows`` it is what fills no sequence.
+    Padding is dropped.
 
     With ``reduce`` what reads them sees one rank's features, and its gradients are summed as they are scattered;
     without, it does the same on every rank.
