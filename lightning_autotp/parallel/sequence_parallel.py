@@ -32,7 +32,7 @@ class Batch:
 
     A checkpointed block is computed again in the backward pass, maybe after the forward pass of another batch. Then it
     is the one batch since the last step that had as many tokens; of several, the one that the same tensor was of, or
-    that positions among the arguments tell, of the call itself or of its block.
+    that positions among the arguments tell, of the call itself or of one in its block before.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,9 @@ class Batch:
         if torch.compiler.is_compiling():
             self.length = _told(kwargs) or self.length
             return
-        self.count, self.length = self.of(x, kwargs, ranks)
-        self.again = path if in_backward() else ""
+        self.of(x, kwargs, ranks, path)
 
-    def of(self, x: Tensor, kwargs: Mapping[str, Any], ranks: int, block: str = "") -> Shape:
+    def of(self, x: Tensor, kwargs: Mapping[str, Any], ranks: int, block: str) -> Shape:
         """What sequences the tokens of a call are.
 
         Args:
@@ -78,18 +77,19 @@ class Batch:
             setattr(x, _SHAPE, (self.count, self.length))
             return self.count, self.length
         marked: Optional[Shape] = getattr(x, _SHAPE, None)
-        if marked is not None:
-            return marked
         fits = [shape for shape in self.seen if part_of(*shape, ranks) == x.shape[1]]
         fits = [shape for shape in fits if shape[1] == told] or fits
-        if len(fits) > 1 and not (block and self.again == block):
+        if marked is not None or len(fits) == 1:
+            self.count, self.length = marked or fits[0]
+            self.again = block
+        elif fits and self.again != block:
             raise ValueError(
                 "sequence_parallel: blocks of this model are not told of positions, and with activation checkpointing"
                 " the batches of one optimizer step that have as many tokens must be of one shape, not"
                 f" {' and '.join(f'{rows} x {length}' for rows, length in sorted(fits))}; pad them, or checkpoint with"
                 " use_reentrant=False."
             )
-        return fits[0] if len(fits) == 1 else (self.count, self.length)
+        return self.count, self.length
 
 
 def _told(kwargs: Mapping[str, Any]) -> Optional[int]:

@@ -1,4 +1,4 @@
-"""Sequence parallelism by values: nets that do all sorts of things with tokens are right, or refuted with their line."""
+"""Sequence parallelism by values: nets that do things with tokens are right, or refuted with their line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.proof import repair
 from lightning_autotp.proof.step import loss_of_batch, loss_step
 from lightning_autotp.proof.values import Proof, prove_values
 from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.nets.frame import Net, right
 from tests.helpers.nets.judge import error_of, unsharded
 from tests.helpers.nets.sequence_mistakes import MISTAKES
-from tests.helpers.nets.sequences import RIGHT, SWITCHED, Accumulated, ScaleNorm
+from tests.helpers.nets.sequences import RIGHT, SWITCHED, Accumulated
 
 NAMED = 0.9
 """How many of the mistakes must be refuted with the very line; the others name one that follows from it."""
@@ -57,7 +58,8 @@ def one_size(nets: Iterable[Net]) -> list[tuple[Net, int]]:
     return [(net, net.sizes[at % len(net.sizes)]) for at, net in enumerate(nets)]
 
 
-def test_mistakes_are_refuted_with_their_line() -> None:
+def test_mistakes_are_refuted_with_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "SECONDS", 0.3)  # what is looked for is not there
     counts = count(one_size(MISTAKES))
     refuted = counts["refuted with its line"]
     assert refuted >= 25
@@ -95,7 +97,6 @@ def test_what_may_mix_tokens_is_given_all_of_them_and_what_surely_does_not_is_le
     assert regions("norm of one's own over features") == usual
     assert regions("norm over tokens") == usual | {"blocks.0.extra": False}
     assert regions("unsharded nn.MultiheadAttention") == usual | {"blocks.0.attention": False}
-    assert ScaleNorm().weight.ndim == 1
 
 
 class Reentrant(Accumulated):

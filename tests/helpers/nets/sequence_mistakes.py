@@ -88,7 +88,7 @@ class LearnedPositions(Block):
 class Sinusoids(Block):
     def between(self, x: Tensor) -> Tensor:
         at = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
-        return x + at.sin()[:, None]
+        return x * (1 + at.sin()[:, None])
 
 
 class GateOfTokens(Block):
@@ -231,9 +231,9 @@ class Listed(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        for attention, mlp in self.blocks:  # type: ignore[misc]
-            x = x + attention(x)
-            x = x + mlp(x)
+        for block in self.blocks:
+            for layer in block.children():
+                x = x + layer(x)
         return x.square().mean()
 
 
@@ -269,7 +269,7 @@ MISTAKES = (
     inside("norm over tokens and features", NormOverTokensAndFeatures, "functional.layer_norm(x, x.shape[1:])"),
     inside("scale by the number of tokens", NumberOfTokens, "x.shape[1] ** -0.5"),
     inside("learned positions", LearnedPositions, "self.positions[: x.shape[1]]"),
-    inside("sinusoids of positions", Sinusoids, "x + at.sin()[:, None]"),
+    inside("sinusoids of positions", Sinusoids, "x * (1 + at.sin()[:, None])"),
     inside("gate of each token", GateOfTokens, "x * self.gate"),
     inside("nn.BatchNorm1d over tokens", BatchNorm, "self.batch_norm(x.transpose(1, 2)"),
     inside("token mixer", TokenMixer, "self.mixer(x.transpose(1, 2)"),
@@ -284,7 +284,7 @@ MISTAKES = (
     wrong("first token of a block", FirstTokenOfABlock, SWITCHED, "first[:, :1]"),
     wrong("hook on a block", Hooked, SWITCHED, "output.softmax(1)"),
     wrong("blocks in another order", Backwards, SWITCHED, "x = block(x)"),
-    wrong("blocks that are lists", Listed, SWITCHED, "x = x + attention(x)", refused=True),
+    wrong("blocks that are lists", Listed, SWITCHED, "x = x + layer(x)", refused=True),
     wrong("layers directly in blocks", lambda: Model(Direct), SWITCHED, "self.down(self.up(x).relu())", refused=True),
     wrong(
         "rows outside of blocks",
