@@ -22,7 +22,6 @@ from lightning_autotp.losses.loss_parallel import parallel_loss_head
 from lightning_autotp.parallel.embedding import ColumnParallelEmbedding, VocabParallelEmbedding
 from lightning_autotp.parallel.linear import ColumnParallel, PartialOutputLinear, RowParallel
 from lightning_autotp.parallel.reduced_module import Boundary, OnFirstRank
-from lightning_autotp.parallel.sequence_parallel import on_first, on_hidden
 from lightning_autotp.plans.plan import HeadInput, SequencePlan, ShardingPlan
 from lightning_autotp.proof.recorded import Call, Crossing
 from lightning_autotp.proof.trace import Tracer
@@ -119,14 +118,12 @@ def marked_modules(sharded: nn.Module, plan: ShardingPlan) -> dict[str, Marked]:
 
 def _of_tokens(sharded: nn.Module, sequence: SequencePlan, ranks: int) -> Iterator[Marked]:
     """Where tokens are split and gathered, marked like modules."""
-    yield Marked(f"{sequence.first}(tokens)", "split tokens", ranks=ranks)
+    yield Marked(f"{sequence.blocks[0]}(tokens)", "split tokens", ranks=ranks)
     for region in {id(sharded.get_submodule(region.module)): region for region in sequence.regions}.values():
-        yield Marked(
-            f"{region.module}(all tokens)", "gather tokens", sums=region.reduces, moves=region.mixes, ranks=ranks
-        )
+        yield Marked(f"{region.module}(all tokens)", "gather tokens", sums=region.reduces, moves=True, ranks=ranks)
         if not region.reduces:
             yield Marked(f"{region.module}(own tokens)", "scatter tokens", ranks=ranks)
-    yield Marked(f"{sequence.last}(whole sequences)", "join tokens", sums=False, ranks=ranks)
+    yield Marked(f"{sequence.blocks[-1]}(whole sequences)", "join tokens", sums=False, ranks=ranks)
 
 
 def without_collectives(sharded: nn.Module) -> None:
@@ -357,3 +354,20 @@ class Markers:
         """All tokens of ``x`` as one sequence, padded so that every rank has as many."""
         tokens = prod(x.shape[:-1])
         return 1, tokens + -tokens % self.tp_size, x.shape[-1]
+
+
+def on_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with the hidden states changed: the first of them, or the one of that name."""
+    if args and isinstance(args[0], Tensor):
+        return (change(args[0]), *args[1:]), kwargs
+    for name in ("hidden_states", "x"):
+        if isinstance(kwargs.get(name), Tensor):
+            return args, kwargs | {name: change(kwargs[name])}
+    return args, kwargs
+
+
+def on_first(output: Any, change: Any) -> Any:
+    """An output with its first part changed."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return change(output)

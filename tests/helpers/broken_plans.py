@@ -207,11 +207,11 @@ def change_regions(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
         return None
     regions = list(plan.sequence.regions)
     at = draw.randrange(len(regions))
-    kind = draw.choice(["mixes", "reduces", "gone"])
+    kind = draw.choice(["sharded", "reduces", "gone"])
     if kind == "gone":
         del regions[at]
-    elif kind == "mixes":
-        regions[at] = replace(regions[at], mixes=not regions[at].mixes)
+    elif kind == "sharded":
+        regions[at] = replace(regions[at], sharded=not regions[at].sharded)
     else:
         regions[at] = replace(regions[at], reduces=not regions[at].reduces)
     return replace(plan, sequence=replace(plan.sequence, regions=tuple(regions)))
@@ -220,11 +220,10 @@ def change_regions(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
 def move_sequence(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
     """Tokens are split later, or gathered earlier."""
     sequence = plan.sequence
-    if sequence is None or sequence.first == sequence.last:
+    if sequence is None or len(sequence.blocks) < 2:
         return None
-    if draw.random() < 0.5:
-        return replace(plan, sequence=replace(sequence, first=sequence.last))
-    return replace(plan, sequence=replace(sequence, last=sequence.first))
+    kept = sequence.blocks[1:] if draw.random() < 0.5 else sequence.blocks[:-1]
+    return replace(plan, sequence=replace(sequence, blocks=kept))
 
 
 def no_siblings(plan: ShardingPlan, draw: Random) -> ShardingPlan | None:
