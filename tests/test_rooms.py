@@ -19,7 +19,7 @@ import lightning_autotp
 ROOMS = (
     *("compat", "diagnostics", "layout", "specs", "presets", "config", "kernels", "model_sources", "introspection"),
     *("plans", "dataflow", "planning", "distributed", "parallel", "losses", "sharding", "optimizers", "training"),
-    *("checkpoint", "proof", "recipe", "verification", "estimation", "strategies", "cli", "examples"),
+    *("checkpoint", "proof", "derivation", "recipe", "verification", "estimation", "strategies", "cli", "examples"),
 )
 """By stage: data goes one way, from the first to the last."""
 

@@ -17,7 +17,7 @@ from lightning_autotp.config.descriptions import describe, with_entries
 from lightning_autotp.config.dtypes import DType
 from lightning_autotp.config.files import read_document
 from lightning_autotp.config.switches import LossSwitch, ProofSwitch, Size, Steps, Switch
-from lightning_autotp.presets import AutoTPPresets
+from lightning_autotp.presets import AUTO, AutoTPPresets
 from lightning_autotp.specs.layer_spec import AutoTPConfig, nearest
 
 
@@ -125,7 +125,8 @@ class TPTrainingConfig(_Section):
     """Custom rules; the fields of :class:`~lightning_autotp.AutoTPConfig`."""
 
     preset_model: Optional[str] = None
-    """The name of a built-in preset, see :class:`~lightning_autotp.AutoTPPresets`."""
+    """The name of a built-in preset, see :class:`~lightning_autotp.AutoTPPresets`; or ``"auto"``: no rules, the plan is
+    derived from a step of the model on a sample, as it is where no rules are given and none are detected."""
 
     tensor_parallel: TPConfig = Field(default_factory=TPConfig, alias="tp")
     """Where the groups come from, see :class:`~lightning_autotp.TPConfig` (``tp`` is another name for it)."""
@@ -198,6 +199,8 @@ class TPTrainingConfig(_Section):
                 raise ValueError(
                     f"preset_model: {name!r} is not a name; write one of {', '.join(AutoTPPresets.names())}."
                 )
+            if name.lower() == AUTO:
+                return AUTO
             AutoTPPresets.get_preset(name)
         return name
 

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.introspection.names import ancestors, clean_name, model_types
 from lightning_autotp.plans.plan import Rule
-from lightning_autotp.presets import find_preset, preset_for
+from lightning_autotp.presets import AUTO, find_preset, preset_for
 from lightning_autotp.presets.hf_tp_plan import model_plan
 from lightning_autotp.presets.preset import Preset
 from lightning_autotp.specs.layer_spec import TPLayerSpec
@@ -28,23 +28,38 @@ def find_rules(model: nn.Module, config: TPTrainingConfig) -> tuple[list[Rule], 
     custom = config.rules
     strict = custom is not None and custom.strict_mode
     rules = [Rule(spec, "user") for spec in custom.layer_specs] if custom is not None else []
-    if config.preset_model is not None and (custom is None or custom.use_default_specs):
+    if _named(config) and (custom is None or custom.use_default_specs):
+        assert config.preset_model is not None
         rules += _of_preset(find_preset(config.preset_model), model, None)
     if custom is not None or config.preset_model is not None:
         return rules, strict
-    types = model_types(model)
-    for model_type in types:
-        found = preset_for(model_type)
-        if found is not None:
-            rules += _of_preset(found, model, [model_type])
-    rules = rules or _of_model(model)
+    rules, types = _detected(model), model_types(model)
     if not rules:
         tried = f"model types {', '.join(map(repr, types))} have no preset" if types else "no module has a model type"
         raise ValueError(
             f"no rules to cut {type(model).__name__}: no partition_config and no preset_model were given, {tried}, and"
-            " the model has no plan of its own. Give `preset_model` or `partition_config`."
+            " the model has no plan of its own. Give `preset_model` or `partition_config`, or a `sample_batch` to"
+            " derive a plan from."
         )
     return rules, strict
+
+
+def has_rules(model: nn.Module, config: TPTrainingConfig) -> bool:
+    """Whether the config has rules for ``model``, or some are detected."""
+    return config.partition_config is not None or config.preset_model is not None or bool(_detected(model))
+
+
+def _named(config: TPTrainingConfig) -> bool:
+    return config.preset_model is not None and config.preset_model != AUTO
+
+
+def _detected(model: nn.Module) -> list[Rule]:
+    rules: list[Rule] = []
+    for model_type in model_types(model):
+        found = preset_for(model_type)
+        if found is not None:
+            rules += _of_preset(found, model, [model_type])
+    return rules or _of_model(model)
 
 
 def _of_preset(preset: Preset, model: nn.Module, only: Optional[list[str]]) -> list[Rule]:

@@ -64,6 +64,9 @@ _FAMILIES = (
 
 _PRESETS = {preset.name: preset for preset in (*(module.PRESET for module in _FAMILIES), *COMPLETIONS)}
 
+AUTO = "auto"
+"""What ``preset_model`` says for a plan that is derived from the model."""
+
 
 class AutoTPPresets:
     """The built-in presets, by name."""

@@ -149,10 +149,7 @@ class Prover:
     def _step(self, model: nn.Module, look: Look) -> tuple[Step, Decisions]:
         """What is run, and what notes its decisions."""
         decisions = Decisions()
-        if look.call is not None:
-            return loss_step(look.call, look.args[0]), decisions
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        return LightningStep(look.stage, look.args, look.trainer, names, decisions), decisions
+        return step_of(model, look, decisions), decisions
 
     def _of_batch(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         """The proof of a step, and of what it would do if decisions by its number were taken the other way."""
@@ -179,6 +176,14 @@ class Prover:
 
     def _values(self, made: nn.Module, step: Step, plan: ShardingPlan) -> Proof:
         return prove_values(own_copy(made), plan, self.switches, step)
+
+
+def step_of(model: nn.Module, look: Look, decisions: Optional[Decisions] = None) -> Step:
+    """The step of ``look``, for copies of ``model``; what it decides by numbers that change is noted."""
+    if look.call is not None:
+        return loss_step(look.call, look.args[0])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return LightningStep(look.stage, look.args, look.trainer, names, decisions or Decisions())
 
 
 def structure(batch: Any) -> Any:

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Optional
 
 from torch import nn
@@ -18,6 +18,10 @@ from lightning_autotp.sharding.local_config import set_local
 
 SECONDS = 3.0
 """How long to look for a plan that is right; most models that have one need a second."""
+
+
+_COUNT = re.compile(r"heads?(?!.*(dim|size|width))")
+"""Names of counts of heads, and of key heads."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,8 @@ def find_repairs(
     """
     until = time.monotonic() + SECONDS
     groups = [*_localized(plan), *_candidates(model, plan)]
-    trials: Iterator[tuple[Repairs, ...]] = (
-        found for count in (1, 2) for found in combinations(groups, count) if _apart(found)
-    )
+    pairs = (found for found in combinations(groups, 2) if _apart(found))
+    trials: Iterator[tuple[Repairs, ...]] = chain(((one,) for one in groups), _all_counts(groups), pairs)
     for chosen in trials:
         if time.monotonic() > until:
             return None
@@ -111,6 +114,13 @@ def find_repairs(
         if verdict.kind == "proved":
             return repairs, verdict
     return None
+
+
+def _all_counts(groups: Sequence[Repairs]) -> Iterator[tuple[Repairs, ...]]:
+    """All numbers together that are called counts of heads: a forward may read several of them."""
+    counts = tuple(one for one in groups if one.local and _COUNT.search(one.local[0].name))
+    if len(counts) > 1 and _apart(counts):
+        yield counts
 
 
 def _apart(chosen: Iterable[Repairs]) -> bool:

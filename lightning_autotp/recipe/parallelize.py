@@ -51,7 +51,8 @@ def parallelize(
         device: where to train; None takes this process's GPU, or the CPU where the backend is gloo.
         autocast: the dtype of ``torch.autocast``, for a loop that runs under it.
         ddp: more arguments of torch's ``DistributedDataParallel``.
-        sample_batch: a batch to prove the plan with before anything is sharded, together with ``loss_fn``.
+        sample_batch: a batch to prove the plan with before anything is sharded, together with ``loss_fn``; and to
+            derive it from where there are no rules.
         loss_fn: ``(model, batch) -> loss``; None calls ``model(**batch)``, or ``model(*batch)``, and takes what it
             returns, or its ``loss``. Without a sample nothing is proved before the loop calls
             :meth:`~lightning_autotp.recipe.parallelized.Parallelized.prove`.
@@ -68,17 +69,16 @@ def parallelize(
     if "dtype" in switches.model_fields_set:
         model.to(switches.dtype)
 
-    plan, look = (
-        plan_once(model, switches, mesh),
-        FirstLook(mesh, switches.check_agreement, switches.check_every_n_steps),
-    )
+    sample = None if sample_batch is None else Look("training", (sample_batch,), call=loss_fn or loss_of_batch)
+    plan = plan_once(model, switches, mesh, lambda: sample)
+    look = FirstLook(mesh, switches.check_agreement, switches.check_every_n_steps)
     prover = prover_of(model, plan, switches, mesh)
     if prover is not None:
-        if sample_batch is None:
+        if sample is None:
             rank_zero_info("lightning_autotp: no sample_batch was given, so the loss is not proved; call `prove`.")
         else:
             prover.sharded(model)
-            plan = prove_sample(prover, model, Look("training", (sample_batch,), call=loss_fn or loss_of_batch), mesh)
+            plan = prove_sample(prover, model, sample, mesh)
     found = shard(model, plan, mesh, switches, device=device, compare=look.shared)
     if switches.compile:
         compile_blocks(model, plan)

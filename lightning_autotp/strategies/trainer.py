@@ -29,6 +29,7 @@ from lightning_autotp.recipe.proving import prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.arguments import takes_fields_of
+from lightning_autotp.strategies.sample import sample_of
 from lightning_autotp.strategies.summary import summarize_the_full_model
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
 from lightning_autotp.strategies.validation import apply_dtype, check_processes, known_arguments, refuse_callbacks
@@ -49,6 +50,8 @@ class AutoTPStrategy(CheckpointStrategy):
     Args:
         config: a :class:`~lightning_autotp.TPTrainingConfig`, a dict of its fields, or the path of a YAML or JSON file
             (a DeepSpeed config is read as it is). Its fields are arguments, too, which win over it.
+        sample_batch: a batch to derive a plan from where there are no rules; without it an attribute or a method of
+            that name of the module is used, or the first items of the data.
         save_distributed_checkpoint: save a directory, each rank its part (True), or gather into one ordinary file that
             a plain Trainer reads (False).
         exclude_frozen_parameters: leave parameters that do not train out of checkpoints (those of a LoRA run then hold
@@ -94,6 +97,7 @@ class AutoTPStrategy(CheckpointStrategy):
         gradient_as_bucket_view: bool = False,
         unsafe_checkpoint_load: Optional[bool] = None,
         verify_checksums: Optional[bool] = None,
+        sample_batch: Any = None,
         **kwargs: Any,
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters
@@ -109,6 +113,7 @@ class AutoTPStrategy(CheckpointStrategy):
             gradient_as_bucket_view=gradient_as_bucket_view,
             **others,
         )
+        self._sample_batch = sample_batch
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
         self._all_devices = False
@@ -168,7 +173,7 @@ class AutoTPStrategy(CheckpointStrategy):
             self.model = self._layer_sync.apply(self.model)
         self.precision_plugin.convert_module(module)
         apply_dtype(module, self.config, str(self.precision_plugin.precision))
-        self._engine = engine = self._shard(module, fitting)
+        self._engine = engine = self._shard(trainer, module, fitting)
         self.model_to_device()
         statistics_over_dp(module, self.mesh)
         if fitting:
@@ -177,13 +182,13 @@ class AutoTPStrategy(CheckpointStrategy):
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, module: LightningModule, fitting: bool) -> Engine:
+    def _shard(self, trainer: Trainer, module: LightningModule, fitting: bool) -> Engine:
         """Shard and compile the module, unless an earlier run has done it."""
         look, is_new = (
             FirstLook(self.mesh, self.config.check_agreement, self.config.check_every_n_steps),
             sharded(module) is None,
         )
-        plan = plan_once(module, self.config, self.mesh)
+        plan = plan_once(module, self.config, self.mesh, lambda: sample_of(module, trainer, self._sample_batch))
         if is_new and self.tp_size > 1 and self.is_global_zero:
             print_plan(plan)
         if is_new:

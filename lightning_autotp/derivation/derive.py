@@ -1,0 +1,143 @@
+"""A plan for a model that nobody wrote rules for: derived from a run of it, and proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.derivation.assign import Ranks, assign_ranks
+from lightning_autotp.derivation.features import Features, connected, features_of_run
+from lightning_autotp.derivation.plan import derived_plan
+from lightning_autotp.introspection.names import folded
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.copying import own_copy
+from lightning_autotp.proof.randomness import without_randomness
+from lightning_autotp.proof.shorten import restricted
+from lightning_autotp.proof.step import Seen, Step
+from lightning_autotp.proof.values import prove_values, quiet
+from lightning_autotp.proof.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A derived plan.
+
+    Args:
+        plan: the plan, completed by what its proof found.
+        verdict: what the proof says of it.
+        dropped: linears that stand apart in the run, but whose sharding was refuted, and why.
+        given_up: operators that no rule follows: what they read is replicated.
+    """
+
+    plan: ShardingPlan
+    verdict: Verdict
+    dropped: tuple[tuple[str, str], ...] = ()
+    given_up: tuple[str, ...] = ()
+
+
+def derive(model: nn.Module, copy: nn.Module, step: Step, switches: TPTrainingConfig, tp_size: int) -> Derived:
+    """Derive a plan of ``model``, without any rules or names, and prove it.
+
+    Args:
+        model: the unsharded model, of which names and shapes are looked at.
+        copy: a copy of it with values, maybe with fewer blocks, small enough to be proved by values.
+        step: the step to look at; it is run on copies.
+        switches: the config that the proof is for.
+        tp_size: the tensor parallel size.
+
+    Raises:
+        ValueError: if the step does not run on a copy of the model.
+    """
+
+    def run(model: nn.Module) -> Any:
+        seen = Seen(model, backward=False)
+        step(seen)
+        return seen.losses, seen.outputs
+
+    try:
+        with quiet(), without_randomness([]):
+            features = features_of_run(own_copy(copy).requires_grad_(False), run, tp_size)
+    except Exception as error:
+        raise ValueError(
+            f"no plan could be derived for {type(model).__name__}: a step of a copy of it fails"
+            f" ({type(error).__name__}: {error}). Give `preset_model` or `partition_config` rules."
+        ) from error
+    ranks = assign_ranks(features, tp_size)
+    return _Search(model, copy, features, ranks, tp_size, step, switches).found()
+
+
+class _Search:
+    """Proofs of a plan, and where it is refuted, of its kinds of layers one by one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        copy: nn.Module,
+        features: Features,
+        ranks: Ranks,
+        tp_size: int,
+        step: Step,
+        switches: TPTrainingConfig,
+    ) -> None:
+        self.model, self.copy, self.features, self.ranks, self.tp_size = model, copy, features, ranks, tp_size
+        self.paths = [path for path, _ in model.named_modules()]
+        self.switches, self.step = switches, step
+
+    def found(self) -> Derived:
+        plan, verdict = self._proved(self._plan(self.ranks))
+        dropped: list[tuple[str, str]] = []
+        if verdict.kind == "refuted":
+            good: Ranks = {}
+            repaired: list[ShardingPlan] = []
+            for name, ranks in self._kinds():
+                alone, of_kind = self._proved(self._plan(ranks, gather=False))
+                if of_kind.kind == "refuted":
+                    dropped.append((name, str(of_kind.findings[0]) if of_kind.findings else ""))
+                else:
+                    good |= ranks
+                    repaired.append(alone)
+            plan, verdict = self._proved(_completed(self._plan(good), repaired))
+        return Derived(plan, verdict, tuple(dropped), self.features.given_up)
+
+    def _plan(self, ranks: Ranks, *, gather: bool = True) -> ShardingPlan:
+        return derived_plan(self.model, self.features, ranks, self.tp_size, gather=gather)
+
+    def _proved(self, plan: ShardingPlan) -> tuple[ShardingPlan, Verdict]:
+        with quiet():
+            proof = prove_values(own_copy(self.copy), restricted(plan, self.copy), self.switches, self.step)
+        return proof.repairs.everywhere(self.paths).plan(plan), proof.verdict
+
+    def _kinds(self) -> Iterator[tuple[str, Ranks]]:
+        """Linears whose features stand together, in all blocks alike, and the ranks of their classes."""
+        kinds: dict[tuple[str, ...], set[int]] = {}
+        for paths in connected(self.features):
+            name = tuple(sorted({folded(path) for path in paths}))
+            classes = {int(one) for path in paths for one in self.features.columns[path]}
+            kinds.setdefault(name, set()).update(classes)
+        for name, classes in kinds.items():
+            held = classes | {other for one in classes for other in self._behind(one)}
+            yield ", ".join(name), {one: of for one, of in self.ranks.items() if one in held}
+
+    def _behind(self, one: int) -> set[int]:
+        found, open_ = set(), [one]
+        while open_:
+            for other in self.features.needed.get(open_.pop(), ()):
+                if other not in found:
+                    found.add(other)
+                    open_.append(other)
+        return found
+
+
+def _completed(plan: ShardingPlan, others: list[ShardingPlan]) -> ShardingPlan:
+    """``plan`` with what proofs found to be missing in plans of parts of it."""
+    summed = {name for one in others for name, entry in one.parameters.items() if entry.grad_allreduce}
+    entries = {
+        name: replace(entry, grad_allreduce=True) if name in summed and entry.layout.is_replicated else entry
+        for name, entry in plan.parameters.items()
+    }
+    attributes = tuple(dict.fromkeys(one for other in others for one in other.attributes))
+    return replace(plan, parameters=entries, attributes=attributes)

@@ -1,0 +1,200 @@
+"""A run of the unsharded model in which linears hand out atoms, and operators join them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from lightning_autotp.compat import TorchDispatchMode
+from lightning_autotp.derivation.atoms import ENTRY, EVERY, OWN, Atoms, Ids
+from lightning_autotp.derivation.canvas import LABELS, Canvas
+from lightning_autotp.derivation.operators import resulting_labels
+from lightning_autotp.introspection.layers import features_of, is_conv1d
+
+MATRIX = "_autotp_matrix"
+"""Attribute of a matrix of a stack of experts: the stack's name, and whether it is turned."""
+
+MOST_ENTRIES = 1 << 16
+"""Entries of a parameter up to which each of them is an atom."""
+
+_TURNS = ("t", "transpose")
+
+_MOVES = (*_TURNS, "select", "unbind", "squeeze", "view", "detach", "alias", "slice", "index", "_to_copy", "clone")
+
+_PLAIN = ("FalconLinear",)
+"""Classes of linears that compute as nn.Linear does, with a forward of their own."""
+
+
+class Tracer(TorchDispatchMode):
+    """Records which features meet inside :meth:`running`.
+
+    Args:
+        model: the model that runs.
+        shared: by the path of a linear, or the name of a stack of matrices, the levels of its outputs, where they are
+            not all dealt out.
+        whole: names of parameters whose entries every rank has.
+    """
+
+    def __init__(self, model: nn.Module, shared: Mapping[str, Ids], whole: Set[str]) -> None:
+        super().__init__()
+        self.model, self.shared, self.whole = model, shared, whole
+        self.atoms = Atoms()
+        self.columns: dict[str, Ids] = {}
+        self.rows: dict[str, Ids] = {}
+        self.entries: dict[str, Ids] = {}
+        self.dims: dict[str, tuple[int, int]] = {}
+        """By the name of a stack of matrices, its dims of outputs and of inputs."""
+        self.given_up: dict[str, str] = {}
+        """Operators that no rule follows, and one place of each."""
+        self.canvas = Canvas(self.atoms)
+        self._paused = 0
+        self._calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self._paused:
+            return out
+        self._calls += 1
+        name = func._overloadpacket.__name__
+        if self._matrices(name, args, out):
+            return out
+        self.canvas.view(func, name, args, kwargs, out)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        known = [found for t in tensors if (found := self.labels(t)) is not None]
+        if not known:
+            for one in tree_leaves(out):
+                if isinstance(one, Tensor) and getattr(one, LABELS, None) is not None:
+                    self._written(one, None)
+            return out
+        made = resulting_labels(self.atoms, func, args, kwargs, out, self.labels, self._calls)
+        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if made is None:
+            self.atoms.everywhere(*known)
+            self.given_up.setdefault(name, "")
+            made = [None] * len(outs)
+        for one, ids in zip(outs, made):
+            fits = ids is not None and one.numel() and all(a in (1, b) for a, b in zip(ids.shape, one.shape))
+            if ids is not None and not fits:
+                self.atoms.everywhere(ids)
+            self._written(one, ids if fits and one.ndim == ids.ndim else None)  # type: ignore[union-attr]
+        return out
+
+    def _written(self, tensor: Tensor, ids: Optional[Ids]) -> None:
+        setattr(tensor, LABELS, ids)
+        self.canvas.write(tensor, ids)
+
+    def labels(self, tensor: Tensor) -> Optional[Ids]:
+        """The atoms of a tensor; None if every rank has all of it."""
+        ids: Optional[Ids] = getattr(tensor, LABELS, None)
+        if ids is None:
+            return None
+        return None if (self.atoms.find(ids) == EVERY).all() else ids
+
+    # -- stacks of matrices -------------------------------------------------------------------------------------------
+
+    def _matrices(self, name: str, args: Any, out: Any) -> bool:
+        """Whether this was a product with an expert's matrix, noted as a linear's is; moves of it are followed."""
+        moved = getattr(args[0], MATRIX, None) if args and isinstance(args[0], Tensor) else None
+        if moved is not None and name in _MOVES:
+            path, turned = moved
+            for t in [out] if isinstance(out, Tensor) else out:
+                setattr(t, MATRIX, (path, turned ^ (name in _TURNS)))
+            return False
+        weight = args[1] if name in ("mm", "bmm", "_grouped_mm") else None
+        held = getattr(weight, MATRIX, None)
+        if held is None or weight is None:
+            return False
+        path, turned = held
+        k, n = weight.shape[-2:]
+        self.dims[path] = (1, 2) if turned else (2, 1)
+        self.linear(path, n, k, args[0], out)
+        return True
+
+    # -- linears ------------------------------------------------------------------------------------------------------
+
+    def linear(self, path: str, outputs: int, inputs: int, x: Tensor, out: Tensor) -> None:
+        """Note that the linear at ``path`` reads ``x``, ``[..., inputs]``, and makes ``out``, ``[..., outputs]``."""
+        ids = self.labels(x)
+        if ids is not None:
+            features = np.array(np.broadcast_to(ids[(0,) * (x.ndim - 1)], (inputs,)))
+            mixed = any(ids.shape[d] > 1 for d in range(x.ndim - 1)) or ids.shape[-1] == 1
+            if not mixed and self.atoms.are_own(features):
+                self._contracted(path, features, out)
+                return
+            self.atoms.everywhere(ids)
+        if path in self.rows:
+            self.atoms.everywhere(self.rows[path])
+            setattr(out, LABELS, None)
+            return
+        if path not in self.columns:
+            levels = self.shared.get(path)
+            self.columns[path] = self.atoms.fresh(np.full(outputs, OWN) if levels is None else levels)
+        setattr(out, LABELS, self.columns[path].reshape((1,) * (out.ndim - 1) + (outputs,)))
+
+    def _contracted(self, path: str, features: Ids, out: Tensor) -> None:
+        setattr(out, LABELS, None)
+        if path in self.columns:  # it has read replicated features, too
+            self.atoms.everywhere(features, self.columns[path])
+        elif path in self.rows:
+            self.atoms.join(self.rows[path], features)
+        else:
+            self.rows[path] = features
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, linears and parameters have atoms."""
+        changed: list[nn.Module] = []
+        of_linears = {id(m.weight) for m in self.model.modules() if is_plain(m)}
+        of_linears |= {id(m.bias) for m in self.model.modules() if is_plain(m) and m.bias is not None}
+        for path, module in self.model.named_modules():
+            if is_plain(module):
+                module.forward = self._forward(path, module)
+                changed.append(module)
+        parameters = [(n, p) for n, p in self.model.named_parameters() if id(p) not in of_linears]
+        for name, parameter in parameters:
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
+                setattr(parameter, MATRIX, (name, False))
+            if parameter.numel() <= MOST_ENTRIES and name not in self.whole:
+                ids = self.atoms.fresh(np.full(parameter.numel(), ENTRY))
+                self.entries[name] = ids.reshape(tuple(parameter.shape))
+                setattr(parameter, LABELS, self.entries[name])
+        try:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self:
+                yield
+        finally:
+            for module in changed:
+                del module.forward
+            for _, parameter in parameters:
+                for attribute in (LABELS, MATRIX):
+                    if hasattr(parameter, attribute):
+                        delattr(parameter, attribute)
+
+    def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
+        own, (outputs, inputs) = module.forward, features_of(module) or (0, 0)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self._paused += 1
+            try:
+                out: Tensor = own(x, *args, **kwargs)
+            finally:
+                self._paused -= 1
+            self.linear(path, outputs, inputs, x, out)
+            return out
+
+        return forward
+
+
+def is_plain(module: Any) -> bool:
+    """Whether this is a linear that computes as nn.Linear does."""
+    if "forward" in vars(module) or hasattr(module, "parametrizations"):
+        return False
+    own = type(module).forward is nn.Linear.forward or type(module).__name__ in _PLAIN
+    return is_conv1d(module) or isinstance(module, nn.Linear) and own
