@@ -262,7 +262,7 @@ class _Arguments:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> None:
         self.args, self.kwargs = args, kwargs
-        self.packed = bool(args) and isinstance(args[0], (tuple, list))
+        self.packed = len(args) > 0 and isinstance(args[0], (tuple, list))
         positional = [*args[0], *args[1:]] if self.packed else list(args)
         named = [name for name in names if name in kwargs] + [name for name in kwargs if name not in names]
         every = [("", value) for value in positional] + [(name, kwargs[name]) for name in named]

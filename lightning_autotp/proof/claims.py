@@ -98,14 +98,13 @@ def check_layouts(plan: ShardingPlan, model: nn.Module, marked: dict[str, Marked
     for path, mark in marked.items():
         if mark.layout is None:
             continue
-        for name, bias in model.get_submodule(path).named_parameters():
-            layout = plan.parameters[f"{path}.{name}" if path else name].layout
-            if name == "weight":
-                continue
-            if mark.kind == "column" and (bias.ndim != 1 or layout.parts != mark.layout.parts):
-                yield _poison("wrong", f"{path}.{name}", f"it is not sharded as the outputs of {path}.weight are.")
-            elif mark.kind != "column" and not layout.is_replicated:
-                yield _poison("wrong", f"{path}.{name}", f"it must be replicated: it is added after the sum of {path}.")
+        bias = plan.parameters.get(f"{path}.bias" if path else "bias")
+        if bias is None:
+            continue
+        if mark.kind == "column" and bias.layout.parts != mark.layout.parts:
+            yield _poison("wrong", bias.name, f"it is not sharded as the outputs of {path}.weight are.")
+        elif mark.kind != "column" and not bias.layout.is_replicated:
+            yield _poison("wrong", bias.name, f"it must be replicated: it is added after the sum of {path}.")
 
 
 def _placed(entry: ParameterPlan, value: Known) -> Iterator[Poison]:

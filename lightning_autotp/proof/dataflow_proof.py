@@ -26,6 +26,7 @@ from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.claims import check_gradient, check_layouts, check_loss
 from lightning_autotp.proof.flow import Flow, Poison
 from lightning_autotp.proof.markers import Marked, Markers, marked_modules, without_collectives
+from lightning_autotp.proof.own_forward import own_parameters
 from lightning_autotp.proof.recorded import HIDDEN, Ref, Trace
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.trace import Tracer
@@ -176,7 +177,7 @@ def _owners(model: nn.Module, marked: dict[str, Marked]) -> dict[str, tuple[str,
     for path, mark in marked.items():
         if mark.layout is None:
             continue
-        for parameter in model.get_submodule(path).parameters():
+        for parameter in own_parameters(model.get_submodule(path)).values():
             name = names[id(parameter)]
             found[name] = (*found.get(name, ()), path)
     return found

@@ -23,6 +23,7 @@ from lightning_autotp.parallel.embedding import ColumnParallelEmbedding, VocabPa
 from lightning_autotp.parallel.linear import ColumnParallel, PartialOutputLinear, RowParallel
 from lightning_autotp.parallel.reduced_module import Boundary, OnFirstRank
 from lightning_autotp.plans.plan import HeadInput, SequencePlan, ShardingPlan
+from lightning_autotp.proof.own_forward import layer_below, own_parameters
 from lightning_autotp.proof.recorded import Call, Crossing
 from lightning_autotp.proof.trace import Tracer
 
@@ -207,6 +208,10 @@ class Markers:
             seen.add(id(module))
             if mark.siblings:
                 self._members.setdefault(mark.siblings, []).append(module)
+            base = None if mark.layout is None else layer_below(type(module))
+            if base is not None:
+                self._mark_base(module, base, mark)
+                continue
             module.register_forward_pre_hook(partial(self._enter, mark), with_kwargs=True)
             module.register_forward_hook(partial(self._leave, mark), prepend=True, always_call=True)
         for mark in marked.values():
@@ -224,7 +229,7 @@ class Markers:
         self.tracer.trace.calls.setdefault(mark.path, []).append(call)
         self._under_way[mark.path].append(call)
         if mark.layout is not None and not self.tracer.nodes.inside:
-            self.tracer.note_written(call, dict(module.named_parameters()))
+            self.tracer.note_written(call, own_parameters(module))
         entered = tree_map(lambda x: self._entered(mark, call, x) if isinstance(x, Tensor) else x, (args, kwargs))
         if mark.kind != "reduced":
             self.tracer.nodes.enter_opaque()
@@ -309,17 +314,27 @@ class Markers:
     def _mark_loss(self, model: Any, mark: Marked) -> None:
         """Mark what a model's own loss function, which reads sharded outputs, is given and gives."""
         own = model.loss_function
+        model.loss_function = lambda *args, **kwargs: self._across(mark, model, own, args, kwargs)
 
-        def loss_function(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = self._enter(mark, model, args, kwargs)
-            output = None
-            try:
-                output = own(*args, **kwargs)
-            finally:
-                output = self._leave(mark, model, args, output)
-            return output
+    def _mark_base(self, module: nn.Module, base: Any, mark: Marked) -> None:
+        """Mark what a forward of a layer's own class calls by ``super()``: what it does with it is followed."""
+        own: Any = type(module)
 
-        model.loss_function = loss_function
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self._across(mark, module, partial(base.forward, module), args, kwargs)
+
+        inner = type(base.__name__, (base,), {"forward": forward})
+        module.__class__ = type(own.__name__, (own, inner), {})
+
+    def _across(self, mark: Marked, module: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
+        """What ``call`` returns, with the edges marked."""
+        args, kwargs = self._enter(mark, module, args, kwargs)
+        output = None
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            output = self._leave(mark, module, args, output)
+        return output
 
     # -- tokens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,37 @@ def test_packed_parameters_that_are_not_sharded_one_by_one_are_refuted() -> None
     verdict = prove_flow(model, _relaid(plan, name, plain), config, step)
     assert verdict.kind == "refuted"
     assert any("model.layers.0.mlp.experts" in finding.where for finding in verdict.findings)
+
+
+def test_what_a_forward_of_a_layers_own_class_does_is_followed() -> None:
+    model, plan, config, step = small_step("dory", 2)  # its head scales what the linear gives
+    head, scale = (plan.parameters[f"lm_head.{name}"] for name in ("weight", "logit_scale"))
+    assert head.kind == "column" and scale.layout.is_replicated
+    assert prove_flow(model, plan, config, step).kind == "proved"
+    twins = {
+        "lm_head, transformers": replace(head, gather_output=False),
+        "lm_head.logit_scale": replace(scale, grad_allreduce=True),
+        "modeling_dory.py": replace(scale, layout=replace(head.layout, shape=scale.layout.shape)),
+    }
+    for where, entry in twins.items():
+        wrong = replace(plan, parameters={**plan.parameters, entry.name: entry})
+        verdict = prove_flow(model, wrong, config, step)
+        assert verdict.kind == "refuted", entry
+        assert where in verdict.findings[0].where, verdict
+
+
+def test_a_softmax_in_a_heads_own_class_over_outputs_that_the_loss_keeps_sharded_is_refuted() -> None:
+    class Likelihoods(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+            return super().forward(input).log_softmax(-1)
+
+    for whole, kind in ((True, "proved"), (False, "refuted")):
+        model, plan, config, step = small_step("llama", 2, loss_parallel=not whole)
+        head: Any = model.lm_head
+        head.__class__ = Likelihoods
+        verdict = prove_flow(model, plan, config, step)
+        assert verdict.kind == kind, verdict
+    assert "log_softmax" in str(verdict) and "test_dataflow_proof.py" in str(verdict)
 
 
 def test_a_head_count_that_stays_full_is_refuted() -> None:
