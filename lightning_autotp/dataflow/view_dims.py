@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from math import prod
 from typing import Optional
 
 from lightning_autotp.dataflow.placement import DimPlacement, Part, Shape, joined, repeated
+from lightning_autotp.layout.layout import Interval
 
 
 def flattened(parts: Sequence[Part], sizes: Sequence[int]) -> Part:
@@ -27,6 +28,9 @@ def unflattened(runs: Part, sizes: Sequence[int]) -> Optional[list[Part]]:
     if not sizes:
         return []
     row = prod(sizes[1:])
+    if all(start % row == 0 and length % row == 0 for start, length in runs):
+        whole = [(start // row, length // row) for start, length in runs]
+        return [joined(whole), *(((0, size),) for size in sizes[1:])] if _apart(whole) else None
     pieces = [piece for start, length in runs for piece in _by_row(start, length, row)]
     rows = [
         (at, joined((start, length) for _, start, length in found))
@@ -37,6 +41,11 @@ def unflattened(runs: Part, sizes: Sequence[int]) -> Optional[list[Part]]:
         return None
     rest = unflattened(patterns.pop(), sizes[1:])
     return None if rest is None else [joined((at, 1) for at, _ in rows), *rest]
+
+
+def _apart(runs: Iterable[Interval]) -> bool:
+    """Whether no index is in two runs."""
+    return all(sum(before) <= start for before, (start, _) in pairwise(sorted(runs)))
 
 
 def _by_row(start: int, length: int, row: int) -> Iterator[tuple[int, int, int]]:

@@ -7,7 +7,6 @@ each gradient. Needs no values, no process groups, and nobody else.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +23,12 @@ from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.claims import check_gradient, check_layouts, check_loss
+from lightning_autotp.proof.copying import alias_copy
 from lightning_autotp.proof.flow import Flow, Poison
 from lightning_autotp.proof.markers import Marked, Markers, marked_modules, without_collectives
 from lightning_autotp.proof.own_forward import own_parameters
 from lightning_autotp.proof.recorded import HIDDEN, Ref, Trace
-from lightning_autotp.proof.shorten import restricted, shorten
+from lightning_autotp.proof.shorten import fewer_blocks, restricted
 from lightning_autotp.proof.trace import Tracer
 from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.sharding.shard import shard
@@ -49,9 +49,6 @@ def prove_flow(
         call: runs one step of the model that it is given and returns the loss.
         backward: whether gradients are claimed, too.
     """
-    if plan.sequence is not None and any(not region.reduces for region in plan.sequence.regions):
-        said = "regions of sequence_parallel whose output is scattered again are not followed without values."
-        return Verdict("unknown", (Diagnostic("warning", "the step", said),))
     try:
         with _as_traced():
             return _shortened(model, plan, switches, call, backward) or _proved(model, plan, switches, call, backward)
@@ -75,20 +72,20 @@ def _shortened(
     model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, call: Step, backward: bool
 ) -> Optional[Verdict]:
     """The verdict of the model with fewer blocks; None if there are none to leave out, or it does not run so."""
-    short = copy.deepcopy(model)
-    try:
-        if plan.sequence is not None or not shorten(short, plan):
+    with fewer_blocks(model, plan) as left_out:
+        if not left_out:
             return None
-        return _proved(short, restricted(plan, short), switches, call, backward)
-    except Exception:
-        return None
+        try:
+            return _proved(model, restricted(plan, model), switches, call, backward)
+        except Exception:
+            return None
 
 
 def _proved(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, call: Step, backward: bool) -> Verdict:
     kinds = _kinds_of_ranks(plan)
     ranks = [_sharded(model, plan, switches, kinds.index(kind)) for kind in range(max(kinds) + 1)]
     marked = marked_modules(ranks[0], plan)
-    full = copy.deepcopy(model)
+    full = alias_copy(model)
     trace = _traced(full, plan, marked, call, backward, full=True)
     runs = [_traced(rank, plan, marked, call, backward, full=False) for rank in ranks]
     if trace.error is not None:
@@ -133,7 +130,7 @@ def _kinds_of_ranks(plan: ShardingPlan) -> list[int]:
 
 
 def _sharded(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, rank: int) -> nn.Module:
-    made = copy.deepcopy(model)
+    made = alias_copy(model)
     shard(made, plan, silent_mesh(plan.tp_size, rank), switches, device=torch.device("meta"))
     if switches.loss_parallel:  # a fused loss computes what this one does; only whether it may be is its own affair
         set_loss_parallel(made, plan, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,18 +23,37 @@ def attributes(model: nn.Module) -> Attributes:
     }
 
 
-def carry_over(live: nn.Module, before: Attributes, copy: nn.Module) -> None:
-    """Give ``copy`` what has changed on ``live`` since ``before``, and which of its parameters and modules train."""
-    modules = dict(copy.named_modules())
-    for (path, name), value in attributes(live).items():
-        if path in modules and ((path, name) not in before or before[(path, name)] != value):
-            setattr(modules[path], name, value)
-    for path, module in live.named_modules():
-        if path in modules:
-            modules[path].training = module.training
+@contextmanager
+def as_live(live: nn.Module, before: Attributes, copy: nn.Module) -> Iterator[None]:
+    """Inside, ``copy`` has what has changed on ``live`` since ``before``, and as many parameters and modules train."""
+    modules, held = dict(copy.named_modules()), attributes(copy)
+    flags = {path: module.training for path, module in modules.items()}
+    trained = {name: parameter.requires_grad for name, parameter in copy.named_parameters()}
+    changed = {
+        place: value
+        for place, value in attributes(live).items()
+        if place[0] in modules and (place not in before or before[place] != value)
+    }
     trains = {name: parameter.requires_grad for name, parameter in live.named_parameters()}
-    for name, parameter in copy.named_parameters():
-        parameter.requires_grad_(trains.get(name, parameter.requires_grad))
+    try:
+        for (path, name), value in changed.items():
+            setattr(modules[path], name, value)
+        _set_flags(copy, {path: module.training for path, module in live.named_modules()}, trains)
+        yield
+    finally:
+        for path, name in changed:
+            if (path, name) in held:
+                setattr(modules[path], name, held[path, name])
+            else:
+                delattr(modules[path], name)
+        _set_flags(copy, flags, trained)
+
+
+def _set_flags(model: nn.Module, training: Mapping[str, bool], trained: Mapping[str, bool]) -> None:
+    for path, module in model.named_modules():
+        module.training = training.get(path, module.training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
 
 
 def flags(model: nn.Module) -> int:

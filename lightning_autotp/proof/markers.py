@@ -23,6 +23,7 @@ from lightning_autotp.parallel.embedding import ColumnParallelEmbedding, VocabPa
 from lightning_autotp.parallel.linear import ColumnParallel, PartialOutputLinear, RowParallel
 from lightning_autotp.parallel.reduced_module import Boundary, OnFirstRank
 from lightning_autotp.plans.plan import HeadInput, SequencePlan, ShardingPlan
+from lightning_autotp.proof.memory import NUMBER
 from lightning_autotp.proof.own_forward import layer_below, own_parameters
 from lightning_autotp.proof.recorded import Call, Crossing
 from lightning_autotp.proof.trace import Tracer
@@ -309,6 +310,9 @@ class Markers:
 
     def _mark(self, x: Tensor, crossing: Crossing, shape: Optional[tuple[int, ...]] = None) -> Tensor:
         marked: Tensor = _Mark.apply(x, self.tracer, crossing, shape)
+        for name, value in vars(x).items():  # what hooks of sharded modules tell each other of it
+            if name != NUMBER:
+                setattr(marked, name, value)
         return marked
 
     def _mark_loss(self, model: Any, mark: Marked) -> None:

@@ -15,9 +15,9 @@ from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.claims import NEEDS_SUM
-from lightning_autotp.proof.copying import alias_copy, empty_copy, fill, own_copy
+from lightning_autotp.proof.copying import empty_copy, fill, own_copy
 from lightning_autotp.proof.dataflow_proof import prove_flow
-from lightning_autotp.proof.live import Attributes, attributes, carry_over, flags
+from lightning_autotp.proof.live import Attributes, as_live, attributes, flags
 from lightning_autotp.proof.repair import Repairs
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
@@ -104,16 +104,14 @@ class Prover:
         """By values if the model is small enough, or is with fewer blocks; else by the dataflow of a training step."""
         proof = Proof(Verdict("unknown"))
         if kept.values is not None:
-            made = own_copy(kept.values)
-            carry_over(model, self._before, made)
-            proof = self._by_values(made, model, look)
+            with as_live(model, self._before, kept.values):
+                proof = self._by_values(kept.values, model, look)
             if proof.verdict.kind != "unknown":
                 return replace(proof, repairs=proof.repairs.everywhere(kept.paths))
         if kept.meta is None or look.stage != "training":
             return proof
-        made = alias_copy(kept.meta)
-        carry_over(model, self._before, made)
-        return self._by_dataflow(made, model, look)
+        with as_live(model, self._before, kept.meta):
+            return self._by_dataflow(kept.meta, model, look)
 
     def _by_dataflow(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         batch = first_rows(look.args[0], _few(self.plan.tp_size))
@@ -225,7 +223,7 @@ def keep(model: nn.Module, plan: ShardingPlan) -> Kept:
     meta = None
     if _size(made) > LARGEST:
         meta = empty_copy(model).to("meta")
-        if plan.sequence is not None or not shorten(made, plan) or _size(made) > LARGEST:
+        if not shorten(made, plan) or _size(made) > LARGEST:
             return Kept(None, meta, paths)
     fill(made, model)
     return Kept(made.to("cpu"), meta, paths)  # a LightningModule remembers where it was

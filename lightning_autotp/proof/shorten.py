@@ -6,7 +6,8 @@ everything that can be reached from them is alike; what cannot be compared is a 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from operator import itemgetter
 from types import CodeType, FunctionType, MethodType
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.plans.plan import SequencePlan, ShardingPlan
 
 _LEAST = 2
 """So that what a block puts out enters a block."""
+
+_LISTS = (nn.ModuleList, nn.Sequential)
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 
@@ -36,7 +39,9 @@ def shorten(model: nn.Module, plan: ShardingPlan) -> dict[str, tuple[int, int]]:
     done: dict[str, tuple[int, int]] = {}
     shared = _shared(model)
     for path, blocks in list(model.named_modules()):
-        if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) < 2 or not _is_there(model, path):
+        if not isinstance(blocks, _LISTS) or len(blocks) < 2 or not _is_there(model, path):
+            continue
+        if list(blocks._modules) != [str(at) for at in range(len(blocks))]:  # a sequence with names
             continue
         places = _places(blocks)
         named = zip(blocks, _planned(plan, path, len(blocks)))
@@ -44,15 +49,30 @@ def shorten(model: nn.Module, plan: ShardingPlan) -> dict[str, tuple[int, int]]:
         keep = max(max(kinds.index(kind) for kind in kinds) + 1, _LEAST)
         if keep < len(kinds):
             done[path] = (len(kinds), keep)
-            for at in range(len(kinds) - 1, keep - 1, -1):
-                del blocks[at]
+            for at in range(keep, len(kinds)):
+                del blocks._modules[str(at)]
     return done
+
+
+@contextmanager
+def fewer_blocks(model: nn.Module, plan: ShardingPlan) -> Iterator[dict[str, tuple[int, int]]]:
+    """Inside, ``model`` is what :func:`shorten` leaves of it, which is given; afterwards it has all blocks again."""
+    before = [(blocks, dict(blocks._modules)) for blocks in model.modules() if isinstance(blocks, _LISTS)]
+    try:
+        yield shorten(model, plan)
+    finally:
+        for blocks, held in before:
+            blocks._modules.update(held)
 
 
 def restricted(plan: ShardingPlan, model: nn.Module) -> ShardingPlan:
     """The plan of what is left of a model."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     modules = {path for path, _ in model.named_modules()}
+    sequence = plan.sequence
+    if sequence is not None:
+        blocks = tuple(path for path in sequence.blocks if path in modules)
+        sequence = SequencePlan(blocks, tuple(region for region in sequence.regions if region.module in modules))
     return replace(
         plan,
         parameters={name: entry for name, entry in plan.parameters.items() if name in names},
@@ -60,6 +80,7 @@ def restricted(plan: ShardingPlan, model: nn.Module) -> ShardingPlan:
         attributes=tuple(attribute for attribute in plan.attributes if attribute.module in modules),
         boundaries=tuple(boundary for boundary in plan.boundaries if boundary.module in modules),
         head_inputs=tuple(given for given in plan.head_inputs if given.module in modules),
+        sequence=sequence,
     )
 
 
@@ -88,6 +109,9 @@ def _planned(plan: ShardingPlan, path: str, count: int) -> list[Hashable]:
         place, _, rest = name.removeprefix(prefix).partition(".")
         return (int(place), rest) if name.startswith(prefix) and place.isdigit() and int(place) < count else None
 
+    def named(paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple((inside(path) or (0, path))[1] for path in paths)
+
     for name, entry in plan.parameters.items():
         if at := inside(name):
             found[at[0]].append((at[1], replace(entry, name="", module="", reason="", rule="", source="")))
@@ -97,8 +121,10 @@ def _planned(plan: ShardingPlan, path: str, count: int) -> list[Hashable]:
             found[at[0]].append((at[1], replace(one, module="")))
     for group in plan.siblings:
         if at := inside(group[0]):
-            members = tuple((inside(member) or (0, member))[1] for member in group)
-            found[at[0]].append(("siblings", members))
+            found[at[0]].append(("siblings", named(group)))
+    for region in plan.sequence.regions if plan.sequence is not None else ():
+        if at := inside(region.module):
+            found[at[0]].append((at[1], replace(region, module="", block="", rows=named(region.rows))))
     return [tuple(each) for each in found]
 
 
@@ -194,10 +220,6 @@ class _Kinds:
             type(value),
             tuple((name, self.of(one)) for name, one in sorted(attributes.items(), key=itemgetter(0))),
         )
-
-
-def _sorted(attributes: dict[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(attributes.items(), key=itemgetter(0))
 
 
 def _code(code: CodeType) -> Hashable:

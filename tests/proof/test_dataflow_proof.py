@@ -201,21 +201,33 @@ def test_gradients_of_a_grouped_product_are_those_of_each_group() -> None:
     assert made == [rows.placement, weight.placement]
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("llama", "proved"), ("mixtral", "unknown")])
-def test_sequence_and_loss_parallelism_are_followed(model_type: str, kind: str) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "deepseek_v3"])
+def test_sequence_and_loss_parallelism_are_followed(model_type: str) -> None:
     model, plan, config, step = small_step(model_type, 2, sequence_parallel=True, loss_parallel=True)
     assert plan.sequence is not None
+    assert model_type == "llama" or not all(region.reduces for region in plan.sequence.regions)
     verdict = prove_flow(model, plan, config, step)
-    assert verdict.kind == kind, verdict
+    assert verdict.kind == "proved", verdict
 
 
-def test_own_tokens_need_summed_gradients() -> None:
-    model, plan, config, step = small_step("llama", 2, sequence_parallel=True)
-    name = "model.layers.0.input_layernorm.weight"
-    whole = replace(plan.parameters[name], grad_allreduce=False)
-    verdict = prove_flow(model, replace(plan, parameters={**plan.parameters, name: whole}), config, step)
+@pytest.mark.parametrize("name", ["input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate.weight"])
+def test_gradients_of_own_tokens_are_summed_and_those_of_all_are_not(name: str) -> None:
+    model, plan, config, step = small_step("mixtral", 2, sequence_parallel=True)
+    entry = plan.parameters[f"model.layers.0.{name}"]
+    assert entry.grad_allreduce == name.endswith("norm.weight")
+    other = replace(entry, grad_allreduce=not entry.grad_allreduce)
+    verdict = prove_flow(model, replace(plan, parameters={**plan.parameters, entry.name: other}), config, step)
     assert verdict.kind == "refuted"
-    assert [finding.where for finding in verdict.findings] == [name]
+    assert [finding.where for finding in verdict.findings] == [entry.name]
+
+
+def test_a_region_that_would_sum_what_experts_sum_is_refuted() -> None:
+    model, plan, config, step = small_step("mixtral", 2, sequence_parallel=True)
+    assert plan.sequence is not None
+    regions = tuple(replace(region, reduces=True) for region in plan.sequence.regions)
+    wrong = replace(plan, sequence=replace(plan.sequence, regions=regions))
+    verdict = prove_flow(model, wrong, config, step)
+    assert verdict.kind == "refuted", verdict
 
 
 def test_what_raises_is_unknown() -> None:
