@@ -18,7 +18,7 @@ from lightning_autotp.proof.claims import NEEDS_SUM
 from lightning_autotp.proof.copying import empty_copy, fill, own_copy
 from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.live import Attributes, as_live, attributes, flags
-from lightning_autotp.proof.repair import Repairs
+from lightning_autotp.proof.repair import proved_or_repaired
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
 from lightning_autotp.proof.values import Proof, prove_values, quiet
@@ -30,6 +30,9 @@ LARGEST = 32_000_000
 
 MOST_WORK = 6e10
 """Parameters times tokens up to which a step is proved by values: some seconds on one core."""
+
+REPAIRED_IN = 10.0
+"""Seconds in which numbers that are per rank are looked for in a large model, of which one try takes about half of one."""
 
 _MOST_BRANCHES = 4
 """How many decisions by a step's number are looked at from their other side."""
@@ -122,15 +125,12 @@ class Prover:
             step(seen)
             return torch.stack([one.float() for one in seen.losses]).sum() if len(seen.losses) > 1 else seen.losses[0]
 
+        def prove(plan: ShardingPlan) -> tuple[Verdict, tuple[str, ...]]:
+            verdict = prove_flow(made, plan, self.switches, loss)
+            return verdict, tuple(one.where for one in verdict.findings if one.fix == NEEDS_SUM)
+
         with quiet():
-            verdict = prove_flow(made, self.plan, self.switches, loss)
-            partial = tuple(one.where for one in verdict.findings if one.fix == NEEDS_SUM)
-            if partial:
-                repairs = Repairs(partial)
-                again = prove_flow(made, repairs.plan(self.plan), self.switches, loss)
-                if again.kind == "proved":
-                    return Proof(again, repairs)
-        return Proof(verdict)
+            return Proof(*proved_or_repaired(made, self.plan, prove, REPAIRED_IN))
 
     def _by_values(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         batch, proof = look.args[0], Proof(Verdict("unknown"))

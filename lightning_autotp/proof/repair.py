@@ -86,17 +86,37 @@ class Repairs:
         return said
 
 
-def find_repairs(
-    model: nn.Module, plan: ShardingPlan, prove: Callable[[ShardingPlan], tuple[Verdict, tuple[str, ...]]]
-) -> Optional[tuple[Repairs, Verdict]]:
-    """Look for the repairs with which ``plan`` is proved; None if none are found.
+Proving = Callable[[ShardingPlan], tuple[Verdict, tuple[str, ...]]]
+"""The verdict of a plan, and the replicated parameters whose gradients it found to be partial sums."""
+
+
+def proved_or_repaired(
+    model: nn.Module, plan: ShardingPlan, prove: Proving, seconds: float = SECONDS
+) -> tuple[Verdict, Repairs]:
+    """The verdict of ``plan``, or that of it with repairs where it is refuted and they make it right.
 
     Args:
         model: the unsharded model.
-        plan: a plan that is refuted.
-        prove: the verdict of a plan, and the replicated parameters whose gradients it found to be partial sums.
+        plan: the plan.
+        prove: proves a plan.
+        seconds: how long to look for numbers that are per rank.
     """
-    until = time.monotonic() + SECONDS
+    verdict, partial = prove(plan)
+    if partial:
+        repairs = Repairs(partial)
+        again, _ = prove(repairs.plan(plan))
+        if again.kind == "proved":
+            return again, repairs
+    if verdict.kind == "refuted":
+        found = _found(model, plan, prove, seconds)
+        if found is not None:
+            return found
+    return verdict, Repairs()
+
+
+def _found(model: nn.Module, plan: ShardingPlan, prove: Proving, seconds: float) -> Optional[tuple[Verdict, Repairs]]:
+    """The numbers that are to be per rank, or are not, for ``plan`` to be proved; None if none are found."""
+    until = time.monotonic() + seconds
     groups = [*_localized(plan), *_candidates(model, plan)]
     pairs = (found for found in combinations(groups, 2) if _apart(found))
     trials: Iterator[tuple[Repairs, ...]] = chain(((one,) for one in groups), _all_counts(groups), pairs)
@@ -112,7 +132,7 @@ def find_repairs(
             repairs = replace(repairs, partial=partial)
             verdict, _ = prove(repairs.plan(plan))
         if verdict.kind == "proved":
-            return repairs, verdict
+            return verdict, repairs
     return None
 
 

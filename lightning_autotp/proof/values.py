@@ -41,7 +41,7 @@ from lightning_autotp.proof.error_metrics import (
 from lightning_autotp.proof.events import Events, opaque_modules
 from lightning_autotp.proof.first_difference import before_the_failure, first_difference
 from lightning_autotp.proof.randomness import without_randomness
-from lightning_autotp.proof.repair import Repairs, find_repairs
+from lightning_autotp.proof.repair import Repairs, proved_or_repaired
 from lightning_autotp.proof.rounded import Rounded
 from lightning_autotp.proof.source import failing_line
 from lightning_autotp.proof.step import Gradients, Seen, Step
@@ -126,16 +126,9 @@ def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfi
         return verdict, tuple(one.where for one in verdict.findings if one.fix.startswith(PARTIAL_SUM))
 
     try:
-        verdict, partial = prove(plan)
-        if partial:
-            repairs = Repairs(partial)
-            again, _ = prove(repairs.plan(plan))
-            if again.kind == "proved":
-                return Proof(again, repairs)
-        if verdict.kind == "refuted":
-            found = find_repairs(model, plan, prove)
-            if found is not None:
-                return Proof(found[1], found[0])
+        verdict, repairs = proved_or_repaired(model, plan, prove)
+        if repairs:
+            return Proof(verdict, repairs)
         if verdict.kind != "proved" or not verdict.compared:
             precision: Precision = run(model, plan, switches, step).precision
             verdict = _explained(verdict, model, plan, switches, step, precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.proof import prover as prover_module
 from lightning_autotp.proof.prover import Look, Prover
+from lightning_autotp.proof.step import loss_of_batch
 from lightning_autotp.proof.values import Proof
 from lightning_autotp.recipe.make_plan import make_plan
+from tests.helpers.hf_trials import proof_batch, trial_of, truth_of
 from tests.helpers.small_nets import RULES, Net, Regressor, Rows
+from tests.helpers.truth import judged
 
 
 class Scaled(Net):
@@ -32,6 +36,32 @@ class SoftmaxInside(Net):
     def between(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self.up(self.norm(x)).softmax(-1))
         return out
+
+
+class Grouped(Net):
+    """Features in groups, whose number has a name that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.amount = 6
+
+    def between(self, x: Tensor) -> Tensor:
+        groups = self.grouped(self.up(self.norm(x)).unflatten(-1, (self.amount, 2)))
+        out: Tensor = self.down(groups.softmax(-1).flatten(-2))
+        return out
+
+    def grouped(self, groups: Tensor) -> Tensor:
+        return groups
+
+
+class ScaledByGroups(Grouped):
+    def grouped(self, groups: Tensor) -> Tensor:
+        return groups / self.amount  # all of them
+
+
+class MeanOfGroups(Grouped):
+    def grouped(self, groups: Tensor) -> Tensor:
+        return groups - groups.mean(-2, keepdim=True)
 
 
 class Manual(Regressor):
@@ -79,6 +109,35 @@ def test_partial_gradients_are_found_without_values(monkeypatch: pytest.MonkeyPa
     found, _ = proof(Regressor(Scaled), 0, monkeypatch)
     assert found.verdict.kind == "proved", found.verdict
     assert found.repairs.partial == ("net.scale",)
+
+
+def test_numbers_that_are_per_rank_are_found_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = proof(Regressor(stack(Grouped, Grouped, Grouped)), 0, monkeypatch)
+    assert found.verdict.kind == "proved", found.verdict
+    assert [(one.module, one.name, one.local) for one in found.repairs.local] == [
+        (f"net.{at}", "amount", (3, 3)) for at in range(3)
+    ]
+
+
+@pytest.mark.parametrize("kind", [ScaledByGroups, MeanOfGroups])
+def test_numbers_of_which_ranks_need_both_are_refuted_without_values(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = proof(Regressor(stack(kind, kind, kind)), 0, monkeypatch)
+    assert found.verdict.kind == "refuted", found.verdict
+    assert not found.repairs
+
+
+@pytest.mark.parametrize("name", ["codegen", "sarvam_moe", "apertus1p5_text"])
+def test_plans_that_are_wrong_are_made_right_without_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prover_module, "LARGEST", 0)
+    trial = trial_of(name, 2)
+    model = copy.deepcopy(trial.model)
+    trial.ready(model)
+    prover = Prover(model, trial.plan, trial.switches)
+    prover.sharded(model)
+    found = prover.prove(model, Look("training", (proof_batch(name),), call=loss_of_batch))
+    assert judged(trial, truth_of(name), found) == "wrong, made right", found.verdict
 
 
 def test_an_evaluation_of_a_large_model_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
