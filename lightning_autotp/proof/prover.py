@@ -32,7 +32,7 @@ MOST_WORK = 6e10
 """Parameters times tokens up to which a step is proved by values: some seconds on one core."""
 
 REPAIRED_IN = 10.0
-"""Seconds in which numbers that are per rank are looked for in a large model, of which one try takes about half of one."""
+"""Seconds in which numbers that are per rank are looked for in a large model: some twenty tries."""
 
 _MOST_BRANCHES = 4
 """How many decisions by a step's number are looked at from their other side."""

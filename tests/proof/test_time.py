@@ -1,4 +1,4 @@
-"""How long the look at a model takes, of a small one by values and of a large one on the meta device, and its memory."""
+"""How long the look at a model takes, a small one by values and a large one on the meta device, and its memory."""
 
 from __future__ import annotations
 
