@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import cache, partial
 from operator import itemgetter
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -171,6 +172,8 @@ class _Kinds:
             return ("method", self.of(value.__func__), self.of(value.__self__))
         if isinstance(value, FunctionType):
             return self._function(value)
+        if isinstance(value, partial):
+            return ("partial", *map(self.of, (type(value), value.func, value.args, value.keywords, vars(value))))
         if is_dataclass(value) and not hasattr(value, "__dict__"):  # others may compute what they are asked for
             return ("data", type(value), tuple(self.of(getattr(value, one.name)) for one in fields(value)))
         return self._object(value)
@@ -213,13 +216,22 @@ class _Kinds:
             except TypeError:
                 pass
         attributes = getattr(value, "__dict__", None)
-        if type(value).__module__ == "builtins" or attributes is None:
+        if type(value).__module__ == "builtins" or attributes is None or _has_hidden_state(type(value)):
             return ("own", id(value))
         return (
             "object",
             type(value),
             tuple((name, self.of(one)) for name, one in sorted(attributes.items(), key=itemgetter(0))),
         )
+
+
+@cache
+def _has_hidden_state(own: type) -> bool:
+    """Whether objects of a class hold more than their ``__dict__`` shows: in slots, or in what is written in C."""
+    heap = 1 << 9  # classes that are written in Python have this flag
+    return any(
+        "__slots__" in vars(one) and vars(one)["__slots__"] or not one.__flags__ & heap for one in own.__mro__[:-1]
+    )
 
 
 def _code(code: CodeType) -> Hashable:

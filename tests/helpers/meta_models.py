@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.model_sources import small
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.model_sources.full_size import build
 from lightning_autotp.model_sources.small import group_experts, small_batches, small_config, small_model
@@ -114,6 +117,14 @@ def real_model(name: str) -> nn.Module:
         model, _ = build(config, dtype=torch.bfloat16, seq=8)
     group_experts(model)
     return model
+
+
+@contextmanager
+def deep_configs(least: int) -> Iterator[None]:
+    """Inside, small configs have at least so many layers, if their types have."""
+    cover = small._cover
+    with mock.patch.object(small, "_cover", lambda layers: sorted({*cover(layers), *range(min(least, len(layers)))})):
+        yield
 
 
 def small_step(
