@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from lightning_autotp.compat import tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.assign import Ranks, assign_ranks
 from lightning_autotp.derivation.features import Features, connected, features_of_run
@@ -15,10 +17,12 @@ from lightning_autotp.derivation.plan import derived_plan
 from lightning_autotp.introspection.names import folded
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.copying import own_copy
+from lightning_autotp.proof.dataflow_proof import as_traced
+from lightning_autotp.proof.prover import Look, Prover, few_rows, step_of, to_meta
 from lightning_autotp.proof.randomness import without_randomness
-from lightning_autotp.proof.shorten import restricted
-from lightning_autotp.proof.step import Seen, Step
-from lightning_autotp.proof.values import prove_values, quiet
+from lightning_autotp.proof.shorten import shorten
+from lightning_autotp.proof.step import Seen, first_rows
+from lightning_autotp.proof.values import quiet
 from lightning_autotp.proof.verdict import Verdict
 
 
@@ -39,53 +43,68 @@ class Derived:
     given_up: tuple[str, ...] = ()
 
 
-def derive(model: nn.Module, copy: nn.Module, step: Step, switches: TPTrainingConfig, tp_size: int) -> Derived:
+def derive(model: nn.Module, look: Look, switches: TPTrainingConfig, tp_size: int) -> Derived:
     """Derive a plan of ``model``, without any rules or names, and prove it.
 
     Args:
-        model: the unsharded model, of which names and shapes are looked at.
-        copy: a copy of it with values, maybe with fewer blocks, small enough to be proved by values.
-        step: the step to look at; it is run on copies.
+        model: the unsharded model, which may be on the meta device; it is left as it is.
+        look: the step to look at.
         switches: the config that the proof is for.
         tp_size: the tensor parallel size.
 
     Raises:
         ValueError: if the step does not run on a copy of the model.
     """
-
-    def run(model: nn.Module) -> Any:
-        seen = Seen(model, backward=False)
-        step(seen)
-        return seen.losses, seen.outputs
-
+    prover = Prover(model, ShardingPlan(tp_size, {}), switches)
+    prover.sharded(model)
     try:
-        with quiet(), without_randomness([]):
-            features = features_of_run(own_copy(copy).requires_grad_(False), run, tp_size)
+        features = _features(model, prover, look, tp_size)
     except Exception as error:
         raise ValueError(
             f"no plan could be derived for {type(model).__name__}: a step of a copy of it fails"
             f" ({type(error).__name__}: {error}). Give `preset_model` or `partition_config` rules."
         ) from error
     ranks = assign_ranks(features, tp_size)
-    return _Search(model, copy, features, ranks, tp_size, step, switches).found()
+    return _Search(model, features, ranks, tp_size, look, prover).found()
+
+
+def _features(model: nn.Module, prover: Prover, look: Look, tp_size: int) -> Features:
+    """The classes of features in a few rows of the step, on a copy with values or, of a large model, on meta."""
+    kept = prover.kept
+    if kept is None:
+        raise ValueError("it cannot be copied")
+    batch = first_rows(look.args[0], few_rows(tp_size))
+    step = step_of(model, replace(look, args=(batch, *look.args[1:])))
+    if kept.values is not None:
+        copy = own_copy(kept.values)
+    else:
+        assert kept.meta is not None
+        copy = own_copy(kept.meta)
+        shorten(copy, prover.plan)
+    cast = _as_it_is if kept.values is not None else partial(tree_map, to_meta)
+
+    def run(model: nn.Module) -> Any:
+        seen = Seen(model, cast=cast, backward=False)
+        step(seen)
+        return seen.losses, seen.outputs
+
+    with quiet(), as_traced(), without_randomness([]):
+        return features_of_run(copy.requires_grad_(False), run, tp_size)
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The batch as it is."""
+    return batch
 
 
 class _Search:
     """Proofs of a plan, and where it is refuted, of its kinds of layers one by one."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        copy: nn.Module,
-        features: Features,
-        ranks: Ranks,
-        tp_size: int,
-        step: Step,
-        switches: TPTrainingConfig,
+        self, model: nn.Module, features: Features, ranks: Ranks, tp_size: int, look: Look, prover: Prover
     ) -> None:
-        self.model, self.copy, self.features, self.ranks, self.tp_size = model, copy, features, ranks, tp_size
-        self.paths = [path for path, _ in model.named_modules()]
-        self.switches, self.step = switches, step
+        self.model, self.features, self.ranks, self.tp_size = model, features, ranks, tp_size
+        self.look, self.prover = look, prover
 
     def found(self) -> Derived:
         plan, verdict = self._proved(self._plan(self.ranks))
@@ -107,9 +126,9 @@ class _Search:
         return derived_plan(self.model, self.features, ranks, self.tp_size, gather=gather)
 
     def _proved(self, plan: ShardingPlan) -> tuple[ShardingPlan, Verdict]:
-        with quiet():
-            proof = prove_values(own_copy(self.copy), restricted(plan, self.copy), self.switches, self.step)
-        return proof.repairs.everywhere(self.paths).plan(plan), proof.verdict
+        self.prover.plan = plan
+        proof = self.prover.prove(self.model, self.look)
+        return proof.repairs.plan(plan), proof.verdict
 
     def _kinds(self) -> Iterator[tuple[str, Ranks]]:
         """Linears whose features stand together, in all blocks alike, and the ranks of their classes."""

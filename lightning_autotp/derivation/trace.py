@@ -17,6 +17,7 @@ from lightning_autotp.derivation.atoms import ENTRY, EVERY, OWN, Atoms, Ids
 from lightning_autotp.derivation.canvas import LABELS, Canvas
 from lightning_autotp.derivation.operators import resulting_labels
 from lightning_autotp.introspection.layers import features_of, is_conv1d
+from lightning_autotp.proof.assumed import assumed_result
 
 MATRIX = "_autotp_matrix"
 """Attribute of a matrix of a stack of experts: the stack's name, and whether it is turned."""
@@ -59,7 +60,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out, _ = assumed_result(func, args, kwargs)
         if self._paused:
             return out
         self._calls += 1

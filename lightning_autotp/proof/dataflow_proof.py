@@ -50,7 +50,7 @@ def prove_flow(
         backward: whether gradients are claimed, too.
     """
     try:
-        with _as_traced():
+        with as_traced():
             return _shortened(model, plan, switches, call, backward) or _proved(model, plan, switches, call, backward)
     except Exception as error:
         said = f"the step could not be followed: {type(error).__name__}: {error}"
@@ -58,7 +58,7 @@ def prove_flow(
 
 
 @contextmanager
-def _as_traced() -> Iterator[None]:
+def as_traced() -> Iterator[None]:
     """Inside, no code looks for values, or takes a form of attention that is one operator; Python's draws are alike."""
     before = random.getstate()
     try:

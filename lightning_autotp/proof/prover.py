@@ -69,14 +69,14 @@ class Prover:
 
     def __init__(self, model: Optional[nn.Module], plan: ShardingPlan, switches: TPTrainingConfig) -> None:
         self.plan, self.switches = plan, switches
-        self._kept: Optional[Kept] = None
+        self.kept: Optional[Kept] = None
         self._reason = ""
         self._before: Attributes = {}
         self._seen: set[Key] = set()
         self.trained = 0
         """How many kinds of training steps were seen."""
         try:
-            self._kept = None if model is None else keep(model, plan)
+            self.kept = None if model is None else keep(model, plan)
         except Exception as error:  # a proof that cannot be made must not stop a run
             self._reason = f"the model cannot be copied ({type(error).__name__}: {error})"
 
@@ -95,11 +95,11 @@ class Prover:
 
     def prove(self, model: nn.Module, look: Look) -> Proof:
         """Prove the step of the live, sharded ``model``; an error of the proof itself is an unknown verdict."""
-        if self._kept is None:
+        if self.kept is None:
             return Proof(_unknown(self._reason))
         try:
             with torch.inference_mode(False), torch.enable_grad():  # a Trainer evaluates without
-                return self._prove(self._kept, model, look)
+                return self._prove(self.kept, model, look)
         except Exception as error:
             return Proof(_unknown(f"the proof failed ({type(error).__name__}: {error})"))
 
@@ -117,11 +117,11 @@ class Prover:
             return self._by_dataflow(kept.meta, model, look)
 
     def _by_dataflow(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
-        batch = first_rows(look.args[0], _few(self.plan.tp_size))
+        batch = first_rows(look.args[0], few_rows(self.plan.tp_size))
         step, _ = self._step(model, replace(look, args=(batch, *look.args[1:])))
 
         def loss(model: nn.Module) -> Tensor:
-            seen = Seen(model, cast=lambda batch: tree_map(_to_meta, batch), backward=False)
+            seen = Seen(model, cast=lambda batch: tree_map(to_meta, batch), backward=False)
             step(seen)
             return torch.stack([one.float() for one in seen.losses]).sum() if len(seen.losses) > 1 else seen.losses[0]
 
@@ -134,7 +134,7 @@ class Prover:
 
     def _by_values(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         batch, proof = look.args[0], Proof(Verdict("unknown"))
-        for rows in (_few(self.plan.tp_size), None):
+        for rows in (few_rows(self.plan.tp_size), None):
             shortened = batch if rows is None else first_rows(batch, rows)
             if _work(made, shortened) > MOST_WORK:
                 proof = Proof(_unknown("the step is too large to be proved by values"))
@@ -151,8 +151,8 @@ class Prover:
 
     def _of_batch(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:
         """The proof of a step, and of what it would do if decisions by its number were taken the other way."""
-        assert self._kept is not None
-        short = self._kept.plan(self.plan)
+        assert self.kept is not None
+        short = self.kept.plan(self.plan)
         step, decisions = self._step(model, look)
         proof = self._values(made, step, short)
         if not isinstance(step, LightningStep):
@@ -233,11 +233,11 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _to_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
     return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
-def _few(tp_size: int) -> int:
+def few_rows(tp_size: int) -> int:
     """A few rows, which the ranks do not divide."""
     return next(rows for rows in range(3, 3 + tp_size + 2) if rows % tp_size)
 

@@ -14,7 +14,7 @@ from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.planning.rules import has_rules
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof.prover import Look, keep, step_of
+from lightning_autotp.proof.prover import Look
 from lightning_autotp.proof.verdict import Verdict
 
 Sample = Callable[[], Optional[Look]]
@@ -58,10 +58,7 @@ def derive_together(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, samp
 
 
 def _derived(model: nn.Module, look: Look, config: TPTrainingConfig, tp_size: int) -> ShardingPlan:
-    copy = keep(model, ShardingPlan(tp_size, {})).values
-    if copy is None:
-        raise ValueError(f"{type(model).__name__} is too large to derive a plan for. {WAYS}.")
-    found = derive(model, copy, step_of(model, look), config, tp_size)
+    found = derive(model, look, config, tp_size)
     _require_something(model, found)
     rank_zero_info(f"lightning_autotp: {_told(found)}")
     plan = found.plan
