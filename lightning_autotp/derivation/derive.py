@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from lightning_autotp.compat import tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.assign import Ranks, assign_ranks
-from lightning_autotp.derivation.features import Features, connected, features_of_run
+from lightning_autotp.derivation.features import Component, Features, components, features_of_run
 from lightning_autotp.derivation.plan import derived_plan
 from lightning_autotp.introspection.names import folded
 from lightning_autotp.plans.plan import ShardingPlan
@@ -33,12 +34,14 @@ class Derived:
     Args:
         plan: the plan, completed by what its proof found.
         verdict: what the proof says of it.
+        groups: names of parameters, layer numbers folded, that are sharded together or not at all.
         dropped: linears that stand apart in the run, but whose sharding was refuted, and why.
         given_up: operators that no rule follows: what they read is replicated.
     """
 
     plan: ShardingPlan
     verdict: Verdict
+    groups: tuple[frozenset[str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     given_up: tuple[str, ...] = ()
 
@@ -88,7 +91,8 @@ def _features(model: nn.Module, prover: Prover, look: Look, tp_size: int) -> Fea
         step(seen)
         return seen.losses, seen.outputs
 
-    with quiet(), as_traced(), without_randomness([]):
+    traced = nullcontext() if kept.values is not None else as_traced()
+    with quiet(), traced, without_randomness([]):
         return features_of_run(copy.requires_grad_(False), run, tp_size)
 
 
@@ -108,19 +112,30 @@ class _Search:
 
     def found(self) -> Derived:
         plan, verdict = self._proved(self._plan(self.ranks))
-        dropped: list[tuple[str, str]] = []
+        kinds, dropped = self._kinds(), {}
         if verdict.kind == "refuted":
             good: Ranks = {}
             repaired: list[ShardingPlan] = []
-            for name, ranks in self._kinds():
+            for names, alike in kinds.items():
+                held = frozenset().union(*(component.classes for component in alike))
+                ranks = {one: of for one, of in self.ranks.items() if one in held}
                 alone, of_kind = self._proved(self._plan(ranks, gather=False))
                 if of_kind.kind == "refuted":
-                    dropped.append((name, str(of_kind.findings[0]) if of_kind.findings else ""))
+                    dropped[names] = str(of_kind.findings[0]) if of_kind.findings else ""
                 else:
                     good |= ranks
                     repaired.append(alone)
             plan, verdict = self._proved(_completed(self._plan(good), repaired))
-        return Derived(plan, verdict, tuple(dropped), self.features.given_up)
+        groups = tuple(self._parameters(alike) for names, alike in kinds.items() if names not in dropped)
+        told = tuple((", ".join(names), why) for names, why in dropped.items())
+        return Derived(plan, verdict, groups, told, self.features.given_up)
+
+    def _parameters(self, alike: list[Component]) -> frozenset[str]:
+        """The names of all parameters of components of one kind, with their layer numbers folded."""
+        linears = {folded(path) for one in alike for path in (*one.columns, *one.rows)}
+        entries = {folded(name) for one in alike for name in one.entries}
+        names = (folded(name) for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return frozenset(n for n in names if n in entries or n in linears or n.rpartition(".")[0] in linears)
 
     def _plan(self, ranks: Ranks, *, gather: bool = True) -> ShardingPlan:
         return derived_plan(self.model, self.features, ranks, self.tp_size, gather=gather)
@@ -130,25 +145,12 @@ class _Search:
         proof = self.prover.prove(self.model, self.look)
         return proof.repairs.plan(plan), proof.verdict
 
-    def _kinds(self) -> Iterator[tuple[str, Ranks]]:
-        """Linears whose features stand together, in all blocks alike, and the ranks of their classes."""
-        kinds: dict[tuple[str, ...], set[int]] = {}
-        for paths in connected(self.features):
-            name = tuple(sorted({folded(path) for path in paths}))
-            classes = {int(one) for path in paths for one in self.features.columns[path]}
-            kinds.setdefault(name, set()).update(classes)
-        for name, classes in kinds.items():
-            held = classes | {other for one in classes for other in self._behind(one)}
-            yield ", ".join(name), {one: of for one, of in self.ranks.items() if one in held}
-
-    def _behind(self, one: int) -> set[int]:
-        found, open_ = set(), [one]
-        while open_:
-            for other in self.features.needed.get(open_.pop(), ()):
-                if other not in found:
-                    found.add(other)
-                    open_.append(other)
-        return found
+    def _kinds(self) -> dict[tuple[str, ...], list[Component]]:
+        """Components that are alike but for layer numbers, by the names of their layers."""
+        kinds: dict[tuple[str, ...], list[Component]] = defaultdict(list)
+        for component in components(self.features):
+            kinds[tuple(dict.fromkeys(map(folded, (*component.columns, *component.rows))))].append(component)
+        return kinds
 
 
 def _completed(plan: ShardingPlan, others: list[ShardingPlan]) -> ShardingPlan:

@@ -116,14 +116,56 @@ def _follow(tracer: Tracer, shared: dict[str, Ids], entries: set[str], tp_size: 
     return changed
 
 
-def connected(features: Features) -> list[list[str]]:
-    """Groups of linears with features that are dealt out together."""
+@dataclass(frozen=True)
+class Component:
+    """Linears and parameters whose features are dealt out together, and follow.
+
+    Args:
+        columns: linears, or stacks of matrices, that make the features; those that are followed among them.
+        rows: linears, or stacks of matrices, that contract them.
+        entries: other parameters of which they need entries.
+        classes: all classes of features in it.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    entries: tuple[str, ...]
+    classes: frozenset[int]
+
+
+def components(features: Features) -> list[Component]:
+    """The components of a model, in the order of their first linears."""
     own = {
         path: np.where(features.levels(path) == OWN, classes, -1)
         for path, classes in features.columns.items()
         if features.own(path)
     }
-    return _groups(own)
+    found = []
+    for paths in _groups(own):
+        classes = {int(one) for path in paths for one in own[path] if one >= 0}
+        classes |= _behind(features, classes)
+
+        def touching(of: Mapping[str, Ids], classes: set[int] = classes) -> tuple[str, ...]:
+            return tuple(name for name, ids in of.items() if not classes.isdisjoint(ids.ravel().tolist()))
+
+        found.append(
+            Component(
+                touching(features.columns), touching(features.rows), touching(features.entries), frozenset(classes)
+            )
+        )
+    return found
+
+
+def _behind(features: Features, classes: set[int]) -> set[int]:
+    """What classes need, directly or by way of others."""
+    found: set[int] = set()
+    left = list(classes)
+    while left:
+        for other in features.needed.get(left.pop(), ()):
+            if other not in found and other != EVERY:
+                found.add(other)
+                left.append(other)
+    return found
 
 
 def _groups(own: Mapping[str, Ids]) -> list[list[str]]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_autotp.derivation.assign import Ranks, parts_of
 from lightning_autotp.derivation.atoms import EVERY, Ids
-from lightning_autotp.derivation.features import Features
+from lightning_autotp.derivation.features import Features, components
 from lightning_autotp.derivation.trace import is_plain
 from lightning_autotp.introspection.forward_source import delegates
 from lightning_autotp.introspection.layers import features_of, is_conv1d
@@ -44,7 +44,7 @@ def derived_plan(
     if gather:
         entries = maker.vocabulary(entries)
         entries = maker.gathered(entries, [boundary.module for boundary in boundaries])
-    return ShardingPlan(tp_size, entries, _siblings(entries), boundaries=boundaries)
+    return ShardingPlan(tp_size, entries, siblings_of(entries), boundaries=boundaries)
 
 
 Entries = dict[str, ParameterPlan]
@@ -60,6 +60,7 @@ class _Maker:
         first = {id(module): path for path, module in model.named_modules()}
         self.canonical = {path: first[id(module)] for path, module in self.modules.items()}
         self._like_others()
+        self.evidence = _evidence(features)
         of = {id(p): name for name, p in model.named_parameters()}
         known = {**features.entries, **features.dims}
         alike = {(folded(name), self.parameters[name].shape): name for name in known if name in self.parameters}
@@ -143,7 +144,9 @@ class _Maker:
         if not all(parts):
             return replace(entry, reason=f"there is not a part of it for each of {self.tp_size} ranks")
         layout = Layout(entry.layout.shape, self.tp_size, dim, parts)
-        return replace(entry, kind=kind, layout=layout, source=SOURCE)
+        seen = self.seen_name.get(entry.name, "")
+        reason = self.evidence.get(self.canonical[entry.module]) or self.evidence.get(seen, "")
+        return replace(entry, kind=kind, layout=layout, source=SOURCE, reason=f"{SOURCE}: {reason}")
 
     def _why(self, path: str) -> str:
         return "its outputs meet features that every rank has" if path in self.features.columns else ""
@@ -169,14 +172,13 @@ class _Maker:
         sizes = {m.num_embeddings for m in tables.values()}
         made = dict(entries)
         for name, entry in entries.items():
-            module, local = self.modules[entry.module], name.rpartition(".")[2]
-            if not entry.layout.is_replicated or entry.partial_outputs:
+            module = self.modules[entry.module]
+            if not name.endswith("weight") or not entry.layout.is_replicated or entry.partial_outputs:
                 continue
-            shape = entry.layout.shape
-            if entry.module in tables and local == "weight" and _looks_up(module):
+            if entry.module in tables and _looks_up(module):
                 made[name] = self._even(entry, "vocabulary")
-            elif is_plain(module) and shape[0] in sizes and not is_conv1d(module) and local in ("weight", "bias"):
-                made[name] = replace(self._even(entry, "column"), gather_output=True)
+            elif is_plain(module) and entry.layout.shape[0] in sizes and not is_conv1d(module):
+                made |= self._with_gather(entries, entry)
         return self._agreeing(entries, made)
 
     def gathered(self, entries: dict[str, ParameterPlan], boundaries: list[str]) -> dict[str, ParameterPlan]:
@@ -195,10 +197,18 @@ class _Maker:
                 assert entry.features is not None
                 if entry.features[0] < 2 * self.tp_size:
                     continue
-                for one in filter(None, (entry, entries.get(f"{entry.module}.bias"))):
-                    turned = is_conv1d(self.modules[entry.module]) and len(one.layout.shape) > 1
-                    made[one.name] = replace(self._even(one, "column", 1 if turned else 0), gather_output=True)
+                made |= self._with_gather(entries, entry)
         return self._agreeing(entries, made)
+
+    def _with_gather(self, entries: Entries, weight: ParameterPlan) -> Entries:
+        """A linear's weight and bias, along its outputs, which are gathered."""
+        turned = is_conv1d(self.modules[weight.module])
+        bias = entries.get(f"{weight.module}.bias")
+        made = [
+            self._even(weight, "column", 1 if turned else 0),
+            *([] if bias is None else [self._even(bias, "column")]),
+        ]
+        return {one.name: replace(one, gather_output=True) for one in made}
 
     def _is_large(self, count: int) -> bool:
         distinct = {id(p): p for p in self.parameters.values()}
@@ -208,7 +218,11 @@ class _Maker:
         layout = entry.layout
         shares = [even_widths(layout.shape[dim], self.tp_size)]
         return replace(
-            entry, kind=kind, layout=Layout.cut(layout.shape, dim, self.tp_size, shares), source=SOURCE, reason=""
+            entry,
+            kind=kind,
+            layout=Layout.cut(layout.shape, dim, self.tp_size, shares),
+            source=SOURCE,
+            reason=f"{SOURCE}: {'by its rows' if kind == 'vocabulary' else 'nothing contracts its outputs alone'}",
         )
 
     def _agreeing(
@@ -224,13 +238,28 @@ class _Maker:
         return made
 
 
+def _evidence(features: Features) -> dict[str, str]:
+    """By path of a linear or name of a parameter: which linears make the features it has to do with, which contract."""
+    found = {}
+    for one in components(features):
+        made, contracted = (", ".join(dict.fromkeys(map(_last, paths))) for paths in (one.columns, one.rows))
+        text = f"features of {made}" + (f", contracted by {contracted}" if contracted else "")
+        found.update(dict.fromkeys((*one.columns, *one.rows, *one.entries), text))
+    return found
+
+
+def _last(path: str) -> str:
+    """The last name in a path that is no number."""
+    return next((name for name in reversed(path.split(".")) if not name.isdigit()), path)
+
+
 def _looks_up(module: nn.Module) -> bool:
     own: Any = type(module)
     plain = "forward" not in vars(module) and (own.forward is nn.Embedding.forward or delegates(own))
     return plain and not any(getattr(module, option) for option in ("max_norm", "scale_grad_by_freq", "sparse"))
 
 
-def _siblings(entries: Mapping[str, ParameterPlan]) -> tuple[tuple[str, ...], ...]:
+def siblings_of(entries: Mapping[str, ParameterPlan]) -> tuple[tuple[str, ...], ...]:
     """Column linears under one parent with one input size: they may read one tensor and share its collective."""
     groups: dict[tuple[str, Optional[int]], list[str]] = defaultdict(list)
     for entry in entries.values():

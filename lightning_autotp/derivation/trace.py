@@ -29,6 +29,8 @@ _TURNS = ("t", "transpose")
 
 _MOVES = (*_TURNS, "select", "unbind", "squeeze", "view", "detach", "alias", "slice", "index", "_to_copy", "clone")
 
+_PRODUCTS = ("mm", "bmm", "_grouped_mm", "grouped_mm_fallback")
+
 _PLAIN = ("FalconLinear",)
 """Classes of linears that compute as nn.Linear does, with a forward of their own."""
 
@@ -109,7 +111,7 @@ class Tracer(TorchDispatchMode):
             for t in [out] if isinstance(out, Tensor) else out:
                 setattr(t, MATRIX, (path, turned ^ (name in _TURNS)))
             return False
-        weight = args[1] if name in ("mm", "bmm", "_grouped_mm") else None
+        weight = args[1] if name in _PRODUCTS else None
         held = getattr(weight, MATRIX, None)
         if held is None or weight is None:
             return False

@@ -10,11 +10,12 @@ from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.derive import Derived, derive
+from lightning_autotp.derivation.fill import filled, gaps
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.planning.rules import has_rules
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof.prover import Look
+from lightning_autotp.proof.prover import Look, Prover
 from lightning_autotp.proof.verdict import Verdict
 
 Sample = Callable[[], Optional[Look]]
@@ -58,11 +59,70 @@ def derive_together(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, samp
 
 
 def _derived(model: nn.Module, look: Look, config: TPTrainingConfig, tp_size: int) -> ShardingPlan:
-    found = derive(model, look, config, tp_size)
+    found = derive(model, look, config.model_copy(update=_PLAIN), tp_size)
     _require_something(model, found)
     rank_zero_info(f"lightning_autotp: {_told(found)}")
     plan = found.plan
     return parallel_sequence(model, plan) if config.sequence_parallel else plan
+
+
+def may_fill(model: nn.Module, plan: ShardingPlan, config: TPTrainingConfig) -> bool:
+    """Whether what ``plan`` leaves replicated may be sharded by a derived one: only beside rules that are not all the
+    user's own, and where it can be proved.
+    """
+    own = config.partition_config is not None and (config.preset_model is None or not _uses_defaults(config))
+    return plan.tp_size > 1 and config.proof != "off" and not own and not plan.blockers and bool(gaps(model, plan))
+
+
+def fill_together(
+    model: nn.Module, plan: ShardingPlan, config: TPTrainingConfig, mesh: Mesh, sample: Sample
+) -> ShardingPlan:
+    """Shard what ``plan`` leaves replicated, where a derived plan shards it and the proof holds; else ``plan``.
+
+    Every rank of the job must call it.
+    """
+    told: tuple[Optional[ShardingPlan], str] = (None, "")
+    try:
+        look = sample()
+        if look is None:
+            told = None, f"there is no sample to derive a plan from. {WAYS}."
+        elif mesh.tp_rank == mesh.dp_rank == 0:
+            told = _filled(model, plan, look, config)
+    except Exception as error:  # it trains without, too
+        told = None, f"{type(error).__name__}: {error}"
+    found: list[tuple[Optional[ShardingPlan], str]] = mesh.collectives.gather_objects(told, "world")
+    failed = next((text for _, text in found if text), "")
+    names = ", ".join(gaps(model, plan))
+    if failed:
+        rank_zero_info(f"lightning_autotp: no rule says anything of {names}, which stay replicated: {failed}")
+        return plan
+    rank_zero_info(f"lightning_autotp: no rule says anything of {names}: what can be sharded of them was derived.")
+    return next(plan for plan, _ in found if plan is not None)
+
+
+def _filled(
+    model: nn.Module, plan: ShardingPlan, look: Look, config: TPTrainingConfig
+) -> tuple[Optional[ShardingPlan], str]:
+    """The plan, filled and proved, or why there is none."""
+    found = filled(model, plan, derive(model, look, config.model_copy(update=_PLAIN), plan.tp_size))
+    if found == plan:
+        return None, "a step of the model shows nothing of it that could be sharded."
+    if config.sequence_parallel:
+        found = parallel_sequence(model, found)
+    prover = Prover(model, found, config)
+    prover.sharded(model)
+    proof = prover.prove(model, look)
+    if proof.verdict.kind != "proved":
+        return None, f"sharding them is not proved: {proof.verdict.listed}"
+    return proof.repairs.plan(found), ""
+
+
+_PLAIN = {"sequence_parallel": False, "loss_parallel": False}
+"""The switches with which a plan is derived; those of the run are proved with it at its first step."""
+
+
+def _uses_defaults(config: TPTrainingConfig) -> bool:
+    return config.rules is not None and config.rules.use_default_specs
 
 
 def _require_something(model: nn.Module, found: Derived) -> None:

@@ -16,7 +16,7 @@ from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look, Prover
-from lightning_autotp.recipe.deriving import Sample, derive_together, is_derived
+from lightning_autotp.recipe.deriving import Sample, derive_together, fill_together, is_derived, may_fill
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.recipe.proving import prove_together
 from lightning_autotp.sharding.state import Sharded, sharded, with_plan
@@ -39,9 +39,12 @@ def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sa
         ValueError: if it cannot be planned; on all processes, as a RuntimeError where only others failed.
     """
     found = sharded(model)
-    if found is None and mesh.tp_size > 1 and is_derived(model, config):
+    if found is not None:
+        return found.plan
+    if mesh.tp_size > 1 and is_derived(model, config):
         return derive_together(model, config, mesh, sample)
-    return found.plan if found is not None else raised_together(lambda: make_plan(model, config, mesh.tp_size))
+    plan = raised_together(lambda: make_plan(model, config, mesh.tp_size))
+    return fill_together(model, plan, config, mesh, sample) if may_fill(model, plan, config) else plan
 
 
 class Engine:
