@@ -128,11 +128,11 @@ def mine(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: T
     return hidden_states * top_k_weights.sum(1, keepdim=True) + self.num_experts
 
 
-class Mine(MixtralExperts):
+class Mine(MixtralExperts):  # type: ignore[misc]  # has no types here, see setup.cfg
     forward = mine
 
 
-class Watched(MixtralExperts):
+class Watched(MixtralExperts):  # type: ignore[misc]  # has no types here, see setup.cfg
     """Calls what it inherits, and changes it."""
 
     def forward(self, *args: Any) -> Tensor:

@@ -134,7 +134,7 @@ class Lora(Module):
     def __init__(self) -> None:
         super().__init__()
         config = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
-        self.net = get_peft_model(self.net, config)  # type: ignore[assignment]
+        self.net = get_peft_model(self.net, config)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.loss(batch)
