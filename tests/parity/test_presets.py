@@ -1,4 +1,5 @@
-"""Every preset on today's transformers classes: a small model sharded against itself unsharded, on every rank.
+"""Every preset on today's transformers classes: a small model sharded against itself unsharded, on every rank,
+all of them in this process, and a few between processes.
 
 Three optimizer steps with clipping; losses, the gradient of the embedding's output, every parameter's gradient and
 weight; plain, with overlap, and with sequence and loss parallelism, too. Model types whose shape a preset tells apart
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from lightning_autotp import AutoTPPresets, TPTrainingConfig
-from lightning_autotp.distributed.mesh import build_mesh
+from lightning_autotp.distributed.lockstep import Lockstep
+from lightning_autotp.distributed.mesh import Mesh, build_mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
 from lightning_autotp.model_sources.small import group_experts
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
@@ -45,14 +46,13 @@ def refused(switch: str, expected: bool) -> AbstractContextManager[Any]:
     return pytest.raises(ValueError, match=f"^{switch}: ") if expected else nullcontext()
 
 
-def check(case: str, tp_size: int, mode: str) -> None:
+def check(case: str, mode: str, mesh: Mesh) -> None:
     want, noisy = unsharded(case)
     model, batches = build(case)
     group_experts(model)
     preset = CASES[case][0]
     overlap = mode != ""
-    plan = make_plan(model, TPTrainingConfig(autotp_size=tp_size, tp_overlap_comm=overlap))
-    mesh = build_mesh(tp_size, TPTrainingConfig().tensor_parallel)
+    plan = make_plan(model, TPTrainingConfig(autotp_size=mesh.tp_size, tp_overlap_comm=overlap))
     if mode in ("switches", "fused"):
         with refused("sequence_parallel", case in NO_SEQUENCES):
             plan = parallel_sequence(model, plan)
@@ -84,8 +84,7 @@ def check(case: str, tp_size: int, mode: str) -> None:
     assert_close(got.weights, parts(plan, mesh.tp_rank, want.weights), 1e-4, "weight")
     for name, layout in plan.layouts.items():
         if layout.is_replicated and name in got.weights:
-            first = got.weights[name].clone()
-            dist.broadcast(first, src=mesh.tp_source, group=mesh.tp_group)
+            first = mesh.collectives.broadcast(got.weights[name].clone(), "tp")
             assert torch.equal(got.weights[name], first), f"{name} is not bit-equal to rank 0's"
 
 
@@ -116,15 +115,34 @@ def test_every_preset_has_a_case() -> None:
     assert detected - tried <= {"chatglm", "ministral", "mbart", "m2m_100", "mt5", "roberta", "phi4_multimodal"}
 
 
-@pytest.mark.parametrize("mode", ["", "overlap", "switches", "fused"])
+MATRIX = [(2, ""), (2, "overlap"), (2, "switches"), (2, "fused"), (4, ""), (4, "switches")]
+"""Sizes and modes; at 4 ranks key heads are shared."""
+
+CORNERS = {"llama-tied": "switches", "bloom": "overlap", "gpt_oss": "", "t5": ""}
+"""What is tried between processes always: a mode at 2 ranks, and what is plain at 4."""
+
+
+@pytest.mark.parametrize(("tp_size", "mode"), MATRIX)
 @pytest.mark.parametrize("case", CASES)
+def test_a_preset_is_the_unsharded_run(case: str, tp_size: int, mode: str) -> None:
+    unsharded(case)
+    Lockstep[None](tp_size).run(lambda mesh: check(case, mode, mesh))
+
+
+def between_processes(tp_size: int) -> list[Any]:
+    """All cases and modes of the size; but for the corners they take long, and lockstep shows the same."""
+    tried = [(case, mode) for case in CASES for size, mode in MATRIX if size == tp_size]
+    corners = {(case, mode if tp_size == 2 else "") for case, mode in CORNERS.items()}
+    return [pytest.param(*one, marks=() if one in corners else pytest.mark.long) for one in tried]
+
+
+@pytest.mark.parametrize(("case", "mode"), between_processes(2))
 @pytest.mark.ranks(2)
-def test_a_preset_is_the_unsharded_run_at_tp2(case: str, mode: str) -> None:
-    check(case, 2, mode)
+def test_a_preset_is_the_unsharded_run_between_2_processes(case: str, mode: str) -> None:
+    check(case, mode, build_mesh(2, TPTrainingConfig().tensor_parallel))
 
 
-@pytest.mark.parametrize("mode", ["", "switches"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), between_processes(4))
 @pytest.mark.ranks(4)
-def test_a_preset_is_the_unsharded_run_at_tp4_with_shared_key_heads(case: str, mode: str) -> None:
-    check(case, 4, mode)
+def test_a_preset_is_the_unsharded_run_between_4_processes(case: str, mode: str) -> None:
+    check(case, mode, build_mesh(4, TPTrainingConfig().tensor_parallel))
