@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -31,7 +32,10 @@ TOGETHER = [
         SWITCHES,
     )
 ]
-"""Whatever compiles takes seconds."""
+"""Every pair of the eager ones and all of them, and what compiles."""
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
+"""What blocks are compiled with. Tracing and differentiating are ours to get right; C++ compilers take a minute."""
 
 
 def name_of(switches: dict[str, bool]) -> str:
@@ -43,6 +47,7 @@ def check(
     switches: dict[str, Any],
     factory: Any = models.tiny_llama,
     reference: Any = models.tiny_llama,
+    backend: str = "inductor",
     **trainer: Any,
 ) -> LossModel:
     torch._dynamo.reset()
@@ -51,17 +56,35 @@ def check(
     model = LossModel(batches, factory, "hf", **options)
     defaults = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "use_distributed_sampler": False}
     strategy = AutoTPStrategy(autotp_size=tp_size, **switches)
-    models.quiet_trainer(strategy=strategy, **defaults, **trainer).fit(model)
+    with compiled_by(backend):
+        models.quiet_trainer(strategy=strategy, **defaults, **trainer).fit(model)
     assert_parity(model, partial(reference_run, reference, batches, **options))
     compiled = [layer._compiled_call_impl is not None for layer in model.model.get_submodule("model.layers").children()]
     assert compiled == [switches["compile"]] * len(compiled)
     return model
 
 
-@pytest.mark.parametrize("switches", TOGETHER, ids=name_of)
+@contextmanager
+def compiled_by(backend: str) -> Iterator[None]:
+    """Inside, what modules are compiled with by default is another backend, whose options are its own."""
+    by_default = nn.Module.compile
+    with pytest.MonkeyPatch.context() as patch:
+        if backend != "inductor":
+            patch.setattr(nn.Module, "compile", lambda self, **options: by_default(self, backend=backend))
+        yield
+
+
+@pytest.mark.parametrize("switches", [s for s in TOGETHER if not s["compile"]], ids=name_of)
 @pytest.mark.ranks(2, timeout=240)
 def test_a_run_with_switches_is_the_unsharded_run_at_tp2(switches: dict[str, bool]) -> None:
     check(2, switches)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("switches", [s for s in TOGETHER if s["compile"]], ids=name_of)
+@pytest.mark.ranks(2, timeout=240)
+def test_a_compiled_run_with_switches_is_the_unsharded_run_at_tp2(switches: dict[str, bool], backend: str) -> None:
+    check(2, switches, backend=backend)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -72,6 +95,7 @@ def test_eager_switches_at_tp2_dp2_and_at_tp4_with_shared_key_heads(tp_size: int
 
 @pytest.mark.ranks(2, timeout=240)
 def test_all_switches_with_checkpointed_blocks() -> None:
+    """The one run in which C++ is compiled always."""
     check(2, dict.fromkeys(SWITCHES, True), checkpointed_llama)
 
 
@@ -92,12 +116,19 @@ def tiny_mixtral(kv_heads: int, tied: bool, vocab: int, experts: str = "eager") 
     return MixtralForCausalLM(MixtralConfig(**options))
 
 
-@pytest.mark.parametrize("on", [SWITCHES[:3], ("compile",), SWITCHES], ids="+".join)
-@pytest.mark.ranks(2, timeout=240)
-def test_switches_with_experts(on: tuple[str, ...]) -> None:
+@pytest.mark.ranks(2)
+def test_eager_switches_with_experts() -> None:
     """They are grouped, as transformers does by default but cannot in fp64."""
-    switches = {name: name in on for name in SWITCHES}
+    switches = dict.fromkeys(SWITCHES, True) | {"compile": False}
     check(2, switches, partial(tiny_mixtral, experts="grouped_mm"), tiny_mixtral)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("on", [("compile",), SWITCHES], ids="+".join)
+@pytest.mark.ranks(2, timeout=240)
+def test_compiled_switches_with_experts(on: tuple[str, ...], backend: str) -> None:
+    switches = {name: name in on for name in SWITCHES}
+    check(2, switches, partial(tiny_mixtral, experts="grouped_mm"), tiny_mixtral, backend)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -115,10 +146,11 @@ def test_kernels_before_a_router_round_alike_on_all_ranks(sequence: bool, monkey
 FUSED: dict[str, Any] = {"loss_parallel": "fused"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("on", [("compile",), SWITCHES], ids="+".join)
 @pytest.mark.ranks(2, timeout=240)
-def test_a_fused_loss_beside_other_switches_and_checkpointed_blocks(on: tuple[str, ...]) -> None:
-    model = check(2, {name: name in on for name in SWITCHES} | FUSED, checkpointed_llama)
+def test_a_fused_loss_beside_other_switches_and_checkpointed_blocks(on: tuple[str, ...], backend: str) -> None:
+    model = check(2, {name: name in on for name in SWITCHES} | FUSED, checkpointed_llama, backend=backend)
     assert model.widths == {0}
 
 
