@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_autotp import AutoTPStrategy
+from tests.helpers.corners import corners_of
 from tests.helpers.fit_cases import CASES
 from tests.helpers.sharded_runs import assert_parity, batches_for, reference_run, sharded_run
 
@@ -25,13 +26,13 @@ def test_tp2_is_the_unsharded_run(case: str) -> None:
     check(case, 2, tp_overlap_comm=True)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", corners_of(CASES, ["hand-written", "llama-tied", "packed-qkv"]))
 @pytest.mark.ranks(4)
 def test_tp4_is_the_unsharded_run(case: str) -> None:
     check(case, 4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", corners_of(CASES, ["hand-written-tied", "llama-untied"]))
 @pytest.mark.ranks(4)
 def test_tp2_dp2_is_the_unsharded_run(case: str) -> None:
     check(case, 2)

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_autotp import AutoTPStrategy, TPTrainingConfig
 from lightning_autotp.model_sources.small import small_config, small_model
 from lightning_autotp.recipe.make_plan import make_plan
+from tests.helpers.corners import corners_of
 from tests.helpers.models import LanguageModel
 from tests.helpers.rank_pool import run_ranks
 from tests.helpers.sharded_runs import Record, RecordedModel, assert_parity, batches_for, reference_run, sharded_run
@@ -73,7 +74,7 @@ def test_adapters_train_as_unsharded_at_tp2(case: str) -> None:
     check(case, 2, tp_overlap_comm=True)
 
 
-@pytest.mark.parametrize("case", ["llama", "mixtral"])
+@pytest.mark.parametrize("case", corners_of(["llama", "mixtral"], ["llama"]))
 @pytest.mark.ranks(4)
 def test_adapters_train_as_unsharded_at_tp4_with_shared_key_heads(case: str) -> None:
     check(case, 4)

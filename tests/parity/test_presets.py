@@ -27,6 +27,7 @@ from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import assert_close, relative_errors
+from tests.helpers.corners import corners_of
 from tests.helpers.preset_runs import CASES, STEPS, Steps, build, parts, train
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.sharding import apply_plan
@@ -130,10 +131,9 @@ def test_a_preset_is_the_unsharded_run(case: str, tp_size: int, mode: str) -> No
 
 
 def between_processes(tp_size: int) -> list[Any]:
-    """All cases and modes of the size; but for the corners they take long, and lockstep shows the same."""
+    """All cases and modes of the size, of which lockstep shows the same."""
     tried = [(case, mode) for case in CASES for size, mode in MATRIX if size == tp_size]
-    corners = {(case, mode if tp_size == 2 else "") for case, mode in CORNERS.items()}
-    return [pytest.param(*one, marks=() if one in corners else pytest.mark.long) for one in tried]
+    return corners_of(tried, [(case, mode if tp_size == 2 else "") for case, mode in CORNERS.items()])
 
 
 @pytest.mark.parametrize(("case", "mode"), between_processes(2))

@@ -46,7 +46,7 @@ def check(numbers: range) -> None:
 
 
 def test_some_broken_plans() -> None:
-    check(range(40))
+    check(range(24))  # each type with sequence parallelism and without
 
 
 @pytest.mark.long
