@@ -27,7 +27,10 @@ import torch
 from tests.helpers import rank_pool
 from tests.helpers.hygiene import LIGHTNING_NOISE, isolated, leave_process_group
 
-_STARTED_FIRST = ("tests/slurm/", "tests/cli/", "tests/strategies/test_processes", "tests/recipe/")
+_STARTED_FIRST = (
+    *("tests/slurm/", "tests/cli/", "tests/strategies/test_processes", "tests/recipe/"),
+    "tests/checkpoint/test_pretrained_memory",
+)
 _OPTIONS = {"pg", "timeout", "device", "nodes"}
 
 
