@@ -172,7 +172,7 @@ def of_type(model_type: str) -> nn.Module:
     return small_model(small_config(model_type))
 
 
-@pytest.mark.parametrize("model_type", ["granite", "gemma2", "cohere"])
+@pytest.mark.parametrize("model_type", corners_of(["granite", "gemma2", "cohere"], ["cohere"]))
 @pytest.mark.ranks(2)
 def test_models_that_change_their_logits_are_refused(model_type: str) -> None:
     factory = partial(of_type, model_type)

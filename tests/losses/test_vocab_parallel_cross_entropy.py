@@ -120,7 +120,7 @@ def test_one_collective_forward_and_none_backward() -> None:
         assert (forward.get_total_counts(), backward.get_total_counts()) == (1, 0)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.ranks(2, timeout=240)
 def test_in_one_graph(backend: str) -> None:
     head = sharded_head()
