@@ -20,6 +20,7 @@ from lightning_autotp.losses import vocab_parallel_cross_entropy as whole_room
 from lightning_autotp.losses import vocab_parallel_linear_cross_entropy as room
 from lightning_autotp.parallel.linear import ColumnParallelLinear
 from tests.helpers.closeness import assert_close
+from tests.helpers.corners import corners_of
 from tests.helpers.fused_head import FEW, OPTIONS, WIDTH, check, cut_head, drawn, gradients, of_rank, wanted, whole_head
 from tests.helpers.rank_pool import rank_device
 from tests.helpers.vocab_logits import VOCABULARY
@@ -38,7 +39,7 @@ def test_tp2_is_the_unsharded_heads_loss(case: str, monkeypatch: pytest.MonkeyPa
     check_all(case, monkeypatch)
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("case", corners_of(OPTIONS, ["plain", "all"]))
 @pytest.mark.ranks(4)
 def test_tp4_is_the_unsharded_heads_loss(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_all(case, monkeypatch)
