@@ -29,7 +29,7 @@ from lightning_autotp.training.gradients import TPGradients
 from tests.helpers.closeness import assert_close, relative_errors
 from tests.helpers.corners import corners_of
 from tests.helpers.preset_runs import CASES, STEPS, Steps, build, parts, train
-from tests.helpers.rank_pool import rank_device
+from tests.helpers.rank_pool import DEVICE_VARIABLE, rank_device
 from tests.helpers.sharding import apply_plan
 
 NO_SEQUENCES = {"opt", "bart", "t5", "t5-gated", "bert"}
@@ -125,7 +125,8 @@ CORNERS = {"llama-tied": "switches", "bloom": "overlap", "gpt_oss": "", "t5": ""
 
 @pytest.mark.parametrize(("tp_size", "mode"), MATRIX)
 @pytest.mark.parametrize("case", CASES)
-def test_a_preset_is_the_unsharded_run(case: str, tp_size: int, mode: str) -> None:
+def test_a_preset_is_the_unsharded_run(case: str, tp_size: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICE_VARIABLE, "cpu")  # this process is no rank, which would have a GPU
     unsharded(case)
     Lockstep[None](tp_size).run(lambda mesh: check(case, mode, mesh))
 
