@@ -14,7 +14,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_autotp.cli import estimate, export, inspect, verify
+from lightning_autotp.cli import derive, estimate, export, inspect, verify
 from lightning_autotp.config.files import check_keys
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.make_plan import make_plan
@@ -88,6 +88,8 @@ def main(args: Optional[list[str]] = None) -> None:
     for name, command in _COMMANDS.items():
         if given[:1] == [name]:
             sys.exit(command(given[1:]))
+    if given[:1] == ["plan"] and "--derive" in given:
+        sys.exit(derive.main([argument for argument in given[1:] if argument != "--derive"]))
     at = given.index("--resume") if "--resume" in given else None
     if at is not None:
         given[at : at + 1] = ["--ckpt_path", "last"]

@@ -164,10 +164,13 @@ class _Maker:
 
     def vocabulary(self, entries: dict[str, ParameterPlan]) -> dict[str, ParameterPlan]:
         """Embeddings along the vocabulary, and heads with as many outputs along them."""
+        heads = {m.out_features for m in self.modules.values() if isinstance(m, nn.Linear)}
         tables = {
             path: m
             for path, m in self.modules.items()
-            if isinstance(m, nn.Embedding) and m.num_embeddings >= 2 * self.tp_size and self._is_large(m.weight.numel())
+            if isinstance(m, nn.Embedding)
+            and m.num_embeddings >= 2 * self.tp_size
+            and (m.num_embeddings in heads or self._is_large(m.weight.numel()))
         }
         sizes = {m.num_embeddings for m in tables.values()}
         made = dict(entries)

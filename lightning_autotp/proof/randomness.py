@@ -40,6 +40,7 @@ class _Settled(TorchFunctionMode):
             given = args[0] if args else kwargs["input"]
             return (given * 1, torch.ones_like(given, dtype=torch.bool)) if name == "native_dropout" else given * 1
         if name == "scaled_dot_product_attention":
+            _require_heads(*args[:3])
             if len(args) > 4 and args[4]:
                 self._note()
                 args = (*args[:4], 0.0, *args[5:])
@@ -59,6 +60,15 @@ class _Settled(TorchFunctionMode):
         while frame.f_back is not None and "/torch/" in frame.f_code.co_filename:
             frame = frame.f_back
         self.lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+
+
+def _require_heads(*given: Tensor) -> None:
+    """Refuse attention without any heads, as a rank of a wrong plan may ask for: torch divides by their number.
+
+    It does so in C++, and the process ends (seen with torch 2.11).
+    """
+    if any(tensor.ndim > 2 and tensor.shape[-3] == 0 for tensor in given):
+        raise ValueError(f"attention without heads: {', '.join(str(list(tensor.shape)) for tensor in given)}")
 
 
 def _drops(name: str, args: Any, kwargs: Any) -> bool:
