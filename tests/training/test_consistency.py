@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +17,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
-from lightning_autotp.training.consistency import DisagreementError
+from lightning_autotp.distributed.collectives import Over
+from lightning_autotp.distributed.lockstep import Lockstep
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.distributed.recording import RecordingCollectives
+from lightning_autotp.training.consistency import DisagreementError, FirstLook
 from tests.helpers.closeness import assert_close
 from tests.helpers.small_nets import RULES, Net, Regressor, Rows, parts_of, trainer, unsharded, weights
 from tests.helpers.small_nets import strategy as proving_strategy
@@ -361,3 +368,31 @@ def test_weights_are_compared_every_so_many_steps(every: int) -> None:
         trainer(strategy(2, check_every_n_steps=every)).fit(Drifts())
     told = [str(one.message) for one in caught if "drift apart in net.norm.weight" in str(one.message)]
     assert len(told) == (1 if every and dist.get_rank() == 0 else 0)
+
+
+@pytest.mark.parametrize("drifts", [False, True])
+def test_a_later_comparison_of_weights_is_one_small_collective_unless_they_differ(drifts: bool) -> None:
+    class Counting(RecordingCollectives):
+        sent: list[int]
+
+        def gather_objects(self, value: Any, over: Over = "tp") -> list[Any]:
+            self.sent.append(len(pickle.dumps(value)))
+            return super().gather_objects(value, over)
+
+    def check(mesh: Mesh) -> tuple[list[int], Counter[Any]]:
+        counting = Counting(mesh.collectives)
+        counting.sent = []
+        look = FirstLook(replace(mesh, collectives=counting), True, every=1)
+        weights = {f"{name}.weight": torch.zeros(64) for name in range(200)}
+        look.weights(lambda: weights, "optimizer")
+        counting.sent.clear()
+        weights["7.weight"] += drifts and mesh.tp_rank == 1
+        look.weights(lambda: weights, "optimizer")
+        return counting.sent, counting.counts
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for sent, counts in Lockstep[Any](2).run(check):
+            assert not counts
+            assert len(sent) == 1 + drifts
+            assert sent[0] < 100
