@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -71,11 +72,18 @@ class Events(TorchFunctionMode):
         """The fractions that an event computes with."""
         self.sizes: dict[Key, tuple[int, ...]] = {}
         """The shapes that code reads."""
+        self.written: dict[str, list[Key]] = {}
+        """By path of a module, the events that write its parameters in place."""
         self.failed: list[Key] = []
         """The events that made what the operator read that failed."""
         self._entered: list[list[Key]] = []
         self._opaque = {id(model.get_submodule(path)) for path in opaque}
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._memory = {
+            parameter.untyped_storage().data_ptr(): name
+            for name, module in model.named_modules()
+            for parameter in module.parameters(recurse=False)
+        }
         self._stack, self._inside, self._paused = [""], 0, False
         self._count: Counter[tuple[str, str, str]] = Counter()
 
@@ -101,7 +109,14 @@ class Events(TorchFunctionMode):
                     key = self._note(self._stack[-1], line, f"{name}{place or ''}", tensor)
                     self.operands[key] = made_by
                     self.numbers[key] = [leaf for leaf in leaves if isinstance(leaf, float)]
+                    if name.endswith("_") and args and isinstance(args[0], Tensor):
+                        self._note_written(args[0], key)
         return out
+
+    def _note_written(self, tensor: Tensor, key: Key) -> None:
+        owner = None if tensor.layout != torch.strided else self._memory.get(tensor.untyped_storage().data_ptr())
+        if owner is not None:
+            self.written.setdefault(owner, []).append(key)
 
     def _note_size(self, tensor: Tensor) -> None:
         line = calling_line(2)

@@ -27,7 +27,7 @@ def first_difference(full: Events, ranks: Sequence[Events]) -> str:
         if found is None:
             where = f"the first value that differs is that of {key}, {list(value.shape)}"
             what = f"the ranks hold {_shapes(local)}, no part and no partial sum of it."
-            came = f"{_comes_of(full.operands.get(key, ()), full)}{_sizes(key, full, ranks)}"
+            came = f"{_comes_of(full.operands.get(key, ()), full)}{_sizes(key, full, ranks)}{_written(key, full)}"
             return f"{where}; {what}{_numbers(key, full, ranks)}{came}"
         relations[key] = found
     return _gradient(full, ranks, relations)
@@ -50,32 +50,41 @@ def _gradient(full: Events, ranks: Sequence[Events], relations: dict[Key, Relati
         found = relate(gradient, local, relations[key], 1e-6 * largest)
         if found is None:
             where = f"the first gradient that differs, in the order of the backward pass, is that of {key}."
-            return where + _read_by(key, full) + _partly(partial)
+            return where + _read_by("It", key, full) + _partly(partial, full)
         if found.kind == "partial" and relations[key].kind == "replicated":
             partial.append(key)
-    return _partly(partial).strip()
+    return _partly(partial, full).strip()
 
 
-def _partly(keys: Sequence[Key]) -> str:
-    shown = ", ".join(map(str, keys[:_SHOWN]))
-    return f" Replicated, but with gradients that are partial sums on each rank: {shown}." if keys else ""
+def _partly(keys: Sequence[Key], events: Events) -> str:
+    """Which gradients are partial sums, from where they become that on, one event a line of code."""
+    if not keys:
+        return ""
+    lines: dict[tuple[str, str], Key] = {}
+    for key in keys:
+        lines.setdefault((key.module, key.line), key)
+    shown = list(lines.values())[:_SHOWN]
+    said = f" Replicated, but with gradients that are partial sums on each rank: {', '.join(map(str, shown))}."
+    return said + _read_by("The first", keys[0], events)
 
 
 def _comes_of(keys: Iterable[Key], events: Events) -> str:
-    """What led to ``keys``, the nearest first."""
-    found: dict[Key, None] = {}
+    """What led to ``keys``, the nearest first, one event a line of code."""
+    found: dict[tuple[str, str], Key] = {}
+    seen: set[Key] = set()
     waiting = list(keys)
     while waiting and len(found) < _SHOWN:
         key = waiting.pop(0)
-        if key not in found:
-            found[key] = None
+        if key not in seen:
+            seen.add(key)
+            found.setdefault((key.module, key.line), key)
             waiting += events.operands.get(key, ())
-    return f" It comes of {', '.join(map(str, found))}." if found else ""
+    return f" It comes of {', '.join(map(str, found.values()))}." if found else ""
 
 
-def _read_by(key: Key, events: Events) -> str:
+def _read_by(what: str, key: Key, events: Events) -> str:
     readers = [str(other) for other, operands in events.operands.items() if key in operands]
-    return f" It is read by {', '.join(readers[:_SHOWN])}." if readers else ""
+    return f" {what} is read by {', '.join(readers[:_SHOWN])}." if readers else ""
 
 
 def _numbers(key: Key, full: Events, ranks: Sequence[Events]) -> str:
@@ -97,6 +106,12 @@ def _sizes(key: Key, full: Events, ranks: Sequence[Events]) -> str:
     ]
     shown = ", ".join(list(dict.fromkeys(lines))[:_SHOWN])
     return f" Sizes that are a rank's own are read at {shown}." if lines else ""
+
+
+def _written(key: Key, full: Events) -> str:
+    """Where parameters of the module are written in this step: other layers may have computed with them before."""
+    shown = ", ".join(map(str, full.written.get(key.module, ())[:_SHOWN]))
+    return f" Its parameters are written in the step by {shown}." if shown else ""
 
 
 def _shapes(tensors: Sequence[Tensor]) -> str:

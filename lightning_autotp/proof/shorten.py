@@ -216,7 +216,7 @@ class _Kinds:
             except TypeError:
                 pass
         attributes = getattr(value, "__dict__", None)
-        if type(value).__module__ == "builtins" or attributes is None or _has_hidden_state(type(value)):
+        if type(value).__module__ == "builtins" or attributes is None or _has_hidden_state(kind):
             return ("own", id(value))
         return (
             "object",
@@ -226,7 +226,7 @@ class _Kinds:
 
 
 @cache
-def _has_hidden_state(own: type) -> bool:
+def _has_hidden_state(own: Any) -> bool:
     """Whether objects of a class hold more than their ``__dict__`` shows: in slots, or in what is written in C."""
     heap = 1 << 9  # classes that are written in Python have this flag
     return any(
