@@ -90,6 +90,10 @@ class Atoms:
         """Whether all of these atoms are dealt out."""
         return bool((self._level[ids] == OWN).all())
 
+    def has_own(self, ids: Ids) -> bool:
+        """Whether some of these atoms are dealt out."""
+        return bool(((self._level[ids] == OWN) & (self.find(ids) != EVERY)).any())
+
     def everywhere(self, *arrays: Ids) -> None:
         """Make atoms ones that every rank must have."""
         for ids in arrays:

@@ -30,6 +30,7 @@ class Features:
         marks: of ``columns``, which outputs operators take together.
         needed: by a class, the classes that it needs.
         given_up: operators that no rule follows.
+        direct: names of parameters of linears and embeddings that are read by others than these.
     """
 
     columns: dict[str, Ids]
@@ -40,6 +41,7 @@ class Features:
     marks: dict[str, Ids]
     needed: dict[int, set[int]]
     given_up: tuple[str, ...]
+    direct: frozenset[str] = frozenset()
 
     def own(self, path: str) -> bool:
         """Whether the linear at ``path`` has outputs that are dealt out."""
@@ -62,20 +64,23 @@ def features_of_run(
     """
     shared: dict[str, Ids] = {}
     entries: set[str] = set()
+    direct: set[str] = set()
+    given_up: dict[str, None] = {}
     left = set(whole)
     for _ in range(_MOST_RUNS):
-        tracer = Tracer(model, shared, entries)
+        tracer = Tracer(model, shared, entries, direct)
         with tracer.running():
             output = call(model)
         for one in tree_leaves(output):
             if isinstance(one, Tensor) and (ids := tracer.labels(one)) is not None:
                 tracer.atoms.everywhere(ids)
+        given_up.update(dict.fromkeys(tracer.given_up))
         for path in left & set(tracer.columns):
             shared[path] = np.full(len(tracer.columns[path]), SHARED)
-        again = bool(left & set(tracer.columns))
-        left -= set(tracer.columns)
+        again = bool(left & set(tracer.columns)) or tracer.direct > direct
+        left, direct = left - set(tracer.columns), tracer.direct
         if not _follow(tracer, shared, entries, tp_size) and not again:
-            return _found(tracer, shared)
+            return _found(tracer, shared, tuple(given_up))
     raise RuntimeError(f"the features of {type(model).__name__} did not settle after {_MOST_RUNS} runs.")
 
 
@@ -201,7 +206,7 @@ def _pieces(atoms: Atoms, columns: Mapping[str, Ids], own: Mapping[str, Ids]) ->
     return found
 
 
-def _found(tracer: Tracer, shared: dict[str, Ids]) -> Features:
+def _found(tracer: Tracer, shared: dict[str, Ids], given_up: tuple[str, ...]) -> Features:
     atoms = tracer.atoms
     needed: dict[int, set[int]] = defaultdict(set)
     for a, b in atoms.needed():
@@ -214,5 +219,6 @@ def _found(tracer: Tracer, shared: dict[str, Ids]) -> Features:
         {path: levels for path, levels in shared.items() if path in tracer.columns},
         {path: atoms.marks(ids) for path, ids in tracer.columns.items()},
         needed,
-        tuple(tracer.given_up),
+        given_up,
+        frozenset(tracer.direct),
     )

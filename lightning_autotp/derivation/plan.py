@@ -90,6 +90,8 @@ class _Maker:
         return self._stack(entry, seen) if seen in self.features.dims else self._entries(entry, seen)
 
     def _linear(self, entry: ParameterPlan, path: str, module: nn.Module, local: str) -> ParameterPlan:
+        if self._is_direct(entry):
+            return replace(entry, reason="it is read by others than its layer, too")
         columns, rows = self.features.columns.get(path), self.features.rows.get(path)
         turned = is_conv1d(module) and local == "weight"
         if columns is not None:
@@ -178,6 +180,8 @@ class _Maker:
             module = self.modules[entry.module]
             if not name.endswith("weight") or not entry.layout.is_replicated or entry.partial_outputs:
                 continue
+            if self._is_direct(entry):
+                continue
             if entry.module in tables and _looks_up(module):
                 made[name] = self._even(entry, "vocabulary")
             elif is_plain(module) and entry.layout.shape[0] in sizes and not is_conv1d(module):
@@ -189,7 +193,8 @@ class _Maker:
         left: dict[str, list[str]] = defaultdict(list)
         for name, entry in entries.items():
             inside = any(f"{name}.".startswith(f"{path}.") for path in boundaries)
-            if entry.features and entry.layout.is_replicated and not entry.partial_outputs and not inside:
+            free = entry.layout.is_replicated and not entry.partial_outputs and not self._is_direct(entry)
+            if entry.features and free and not inside:
                 left[folded(name)].append(name)
         made = dict(entries)
         for names in left.values():
@@ -212,6 +217,11 @@ class _Maker:
             *([] if bias is None else [self._even(bias, "column")]),
         ]
         return {one.name: replace(one, gather_output=True) for one in made}
+
+    def _is_direct(self, entry: ParameterPlan) -> bool:
+        """Whether others than its layer read it, or another parameter of that layer."""
+        own = (self.own_name.get(f"{entry.module}.{name}") for name in ("weight", "bias"))
+        return any(name in self.features.direct for name in own)
 
     def _is_large(self, count: int) -> bool:
         distinct = {id(p): p for p in self.parameters.values()}

@@ -43,11 +43,14 @@ class Tracer(TorchDispatchMode):
         shared: by the path of a linear, or the name of a stack of matrices, the levels of its outputs, where they are
             not all dealt out.
         whole: names of parameters whose entries every rank has.
+        direct: names of parameters of linears and embeddings that are known to be read by others than these.
     """
 
-    def __init__(self, model: nn.Module, shared: Mapping[str, Ids], whole: Set[str]) -> None:
+    def __init__(self, model: nn.Module, shared: Mapping[str, Ids], whole: Set[str], direct: Set[str]) -> None:
         super().__init__()
         self.model, self.shared, self.whole = model, shared, whole
+        self.direct = set(direct)
+        self._guarded = _guarded(model)
         self.atoms = Atoms()
         self.columns: dict[str, Ids] = {}
         self.rows: dict[str, Ids] = {}
@@ -71,6 +74,8 @@ class Tracer(TorchDispatchMode):
             return out
         self.canvas.view(func, name, args, kwargs, out)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name != "embedding":
+            self.direct.update(self._guarded[id(t)] for t in tensors if id(t) in self._guarded)
         known = [found for t in tensors if (found := self.labels(t)) is not None]
         if not known:
             for one in tree_leaves(out):
@@ -80,8 +85,9 @@ class Tracer(TorchDispatchMode):
         made = resulting_labels(self.atoms, func, args, kwargs, out, self.labels, self._calls)
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if made is None:
+            if any(self.atoms.has_own(ids) for ids in known):
+                self.given_up.setdefault(name, "")
             self.atoms.everywhere(*known)
-            self.given_up.setdefault(name, "")
             made = [None] * len(outs)
         for one, ids in zip(outs, made):
             fits = ids is not None and one.numel() and all(a in (1, b) for a, b in zip(ids.shape, one.shape))
@@ -126,6 +132,11 @@ class Tracer(TorchDispatchMode):
     def linear(self, path: str, outputs: int, inputs: int, x: Tensor, out: Tensor) -> None:
         """Note that the linear at ``path`` reads ``x``, ``[..., inputs]``, and makes ``out``, ``[..., outputs]``."""
         ids = self.labels(x)
+        if f"{path}.weight" in self.direct or f"{path}.bias" in self.direct:
+            if ids is not None:
+                self.atoms.everywhere(ids)
+            setattr(out, LABELS, None)
+            return
         if ids is not None:
             features = np.array(np.broadcast_to(ids[(0,) * (x.ndim - 1)], (inputs,)))
             mixed = any(ids.shape[d] > 1 for d in range(x.ndim - 1)) or ids.shape[-1] == 1
@@ -193,6 +204,13 @@ class Tracer(TorchDispatchMode):
             return out
 
         return forward
+
+
+def _guarded(model: nn.Module) -> dict[int, str]:
+    """Parameters that a sharded layer has its own way with, so that nobody else may read them."""
+    layers = (path for path, module in model.named_modules() if is_plain(module) or isinstance(module, nn.Embedding))
+    of = {f"{path}.{name}" for path in layers for name in ("weight", "bias")}
+    return {id(p): name for name, p in model.named_parameters() if name in of}
 
 
 def is_plain(module: Any) -> bool:
