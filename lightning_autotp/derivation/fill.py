@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from torch import nn
@@ -46,10 +46,12 @@ def filled(model: nn.Module, plan: ShardingPlan, derived: Derived) -> ShardingPl
     taken = {n: e for n, e in derived.plan.parameters.items() if n in wanted and _adds(e)}
     if not any(not entry.layout.is_replicated for entry in taken.values()):
         return plan
-    return _joined(plan, taken, derived.plan)
+    return _joined(plan, taken, derived.plan, {path for path, _ in model.named_modules()})
 
 
-def _joined(plan: ShardingPlan, taken: Mapping[str, ParameterPlan], derived: ShardingPlan) -> ShardingPlan:
+def _joined(
+    plan: ShardingPlan, taken: Mapping[str, ParameterPlan], derived: ShardingPlan, first: Set[str]
+) -> ShardingPlan:
     entries = {**plan.parameters, **taken}
     modules = {entry.module for entry in taken.values() if not entry.layout.is_replicated}
 
@@ -59,7 +61,7 @@ def _joined(plan: ShardingPlan, taken: Mapping[str, ParameterPlan], derived: Sha
     known = {(one.module, one.name) for one in plan.attributes}
     attributes = [one for one in derived.attributes if around(one.module) and (one.module, one.name) not in known]
     boundaries = [one for one in derived.boundaries if around(one.module) and one not in plan.boundaries]
-    siblings = [group for group in siblings_of(entries) if not modules.isdisjoint(group)]
+    siblings = [group for group in siblings_of(entries, first) if not modules.isdisjoint(group)]
     grouped = {path for group in siblings for path in group}
     return replace(
         plan,

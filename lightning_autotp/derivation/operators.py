@@ -38,6 +38,12 @@ _OVER_DIMS = (
 
 _PICKS = ("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow")
 
+FILLS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+"""Operators whose results are one number."""
+
+FILLED = "_autotp_filled"
+"""Attribute of a tensor that one of these made: any part of it is like any other."""
+
 VIEWS = (*_RESHAPES, "slice", "select", "narrow", "transpose", "t", "permute", "expand", "alias", "detach")
 """Operators that give one view of a tensor."""
 
@@ -71,6 +77,8 @@ def resulting_labels(
         return call.mixed()
     if rule in _PICKS:
         return call.picked()
+    if rule in FILLS:
+        return call.same_for_all(call.labels(call.x) if rule.endswith("_like") else None)
     method = getattr(call, f"do_{rule.strip('_')}", None)
     return method() if method is not None else None
 
@@ -281,6 +289,28 @@ class _Call:
             return None
         return [self.met([(self.atoms.along(ids, self.dim()), self.outs[0]), (None, index)], tuple(index.shape))]
 
+    # -- convolutions -------------------------------------------------------------------------------------------------
+
+    def do_convolution(self) -> Optional[list[Optional[Ids]]]:
+        """Channels of a group meet each other and the weights of its outputs; what lies along other dims is mixed."""
+        x, weight, bias = self.given["input"], self.given["weight"], self.given["bias"]
+        ids, groups_ = self.labels(x), self.given["groups"]
+        if ids is None or self.given["transposed"]:
+            return None
+        for d in range(2, x.ndim):
+            ids = self.atoms.along(ids, d)
+        batch, outputs = ids.shape[0], weight.shape[0]
+        ids = np.broadcast_to(ids, (batch, x.shape[1], *ids.shape[2:])).reshape(batch, groups_, -1)
+        made = np.repeat(self.atoms.along(ids, 2)[..., 0], outputs // groups_, axis=1)
+        kernel = self.labels(weight)
+        if kernel is not None:
+            for d in range(1, weight.ndim):
+                kernel = self.atoms.along(kernel, d)
+            made = self.atoms.meet(made, kernel.reshape(1, -1))
+        if bias is not None and self.labels(bias) is not None:
+            made = self.atoms.meet(made, self.labels(bias)[None])
+        return [narrowed(made.reshape(*made.shape, *(1,) * (x.ndim - 2)))]
+
     # -- products -----------------------------------------------------------------------------------------------------
 
     def do_mm(self) -> list[Optional[Ids]]:
@@ -321,8 +351,10 @@ class _Call:
 
 
 def alike(t: Tensor, dim: int) -> bool:
-    """Whether a tensor is the same along ``dim`` by its strides."""
-    return t.shape[dim] == 1 or t.stride(dim) == 0
+    """Whether a tensor is the same along ``dim`` by how it was made."""
+    if t.shape[dim] == 1 or t.stride(dim) == 0:
+        return True
+    return getattr(t, FILLED, False) and bool((t == t.flatten()[0]).all())  # it may have been written to
 
 
 def narrowed(ids: Ids) -> Ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -18,12 +18,14 @@ from lightning_autotp.introspection.forward_source import delegates
 from lightning_autotp.introspection.layers import features_of, is_conv1d
 from lightning_autotp.introspection.names import folded
 from lightning_autotp.layout.layout import Interval, Layout, even_widths
-from lightning_autotp.plans.plan import Boundary, ParameterPlan, ShardingPlan
+from lightning_autotp.plans.plan import Boundary, LocalAttribute, ParameterPlan, ShardingPlan
 
 LARGE = 0.01
 """The share of a model's parameters from which on linears that nothing closes are sharded and gathered again."""
 
 SOURCE = "derived"
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def derived_plan(
@@ -41,10 +43,11 @@ def derived_plan(
     maker = _Maker(model, features, ranks, tp_size)
     entries = {name: maker.entry(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     boundaries = tuple(dict.fromkeys(maker.boundaries(entries)))
+    attributes = tuple(maker.groups(entries.values()))
     if gather:
         entries = maker.vocabulary(entries)
         entries = maker.gathered(entries, [boundary.module for boundary in boundaries])
-    return ShardingPlan(tp_size, entries, siblings_of(entries), boundaries=boundaries)
+    return ShardingPlan(tp_size, entries, siblings_of(entries, maker.first), attributes, boundaries)
 
 
 Entries = dict[str, ParameterPlan]
@@ -58,6 +61,7 @@ class _Maker:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         first = {id(module): path for path, module in model.named_modules()}
+        self.first = set(first.values())
         self.canonical = {path: first[id(module)] for path, module in self.modules.items()}
         self._like_others()
         self.evidence = _evidence(features)
@@ -163,6 +167,15 @@ class _Maker:
                 own = (f"{entry.module}.{n}" for n, p in held.items() if p is not None)
                 once = tuple(n.rpartition(".")[2] for n in own if entries[n].layout.is_replicated)
                 yield Boundary(entry.module, once)
+
+    def groups(self, entries: Iterable[ParameterPlan]) -> Iterable[LocalAttribute]:
+        """The numbers of groups of convolutions that are sharded by them."""
+        for entry in entries:
+            module = self.modules[entry.module]
+            if isinstance(module, _CONVOLUTIONS) and entry.kind == "column" and entry.name.endswith("weight"):
+                each = module.out_channels // module.groups
+                local = tuple(width // each for width in entry.layout.widths)
+                yield LocalAttribute(entry.module, "groups", module.groups, local)
 
     def vocabulary(self, entries: dict[str, ParameterPlan]) -> dict[str, ParameterPlan]:
         """Embeddings along the vocabulary, and heads with as many outputs along them."""
@@ -272,10 +285,13 @@ def _looks_up(module: nn.Module) -> bool:
     return plain and not any(getattr(module, option) for option in ("max_norm", "scale_grad_by_freq", "sparse"))
 
 
-def siblings_of(entries: Mapping[str, ParameterPlan]) -> tuple[tuple[str, ...], ...]:
-    """Column linears under one parent with one input size: they may read one tensor and share its collective."""
+def siblings_of(entries: Mapping[str, ParameterPlan], first: Set[str]) -> tuple[tuple[str, ...], ...]:
+    """Column linears under one parent with one input size: they may read one tensor and share its collective.
+
+    Modules with several paths are called by the one that is among ``first``.
+    """
     groups: dict[tuple[str, Optional[int]], list[str]] = defaultdict(list)
     for entry in entries.values():
-        if entry.kind == "column" and entry.features is not None:
+        if entry.kind == "column" and entry.features is not None and entry.module in first:
             groups[entry.module.rpartition(".")[0], entry.features[1]].append(entry.module)
     return tuple(map(tuple, groups.values()))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_autotp.compat import TorchDispatchMode
 from lightning_autotp.derivation.atoms import ENTRY, EVERY, OWN, Atoms, Ids
 from lightning_autotp.derivation.canvas import LABELS, Canvas
-from lightning_autotp.derivation.operators import resulting_labels
+from lightning_autotp.derivation.operators import FILLED, FILLS, resulting_labels
 from lightning_autotp.introspection.layers import features_of, is_conv1d
 from lightning_autotp.proof.assumed import assumed_result
 
@@ -72,6 +72,8 @@ class Tracer(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if self._matrices(name, args, out):
             return out
+        if name in FILLS:
+            setattr(out, FILLED, True)
         self.canvas.view(func, name, args, kwargs, out)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name != "embedding":

