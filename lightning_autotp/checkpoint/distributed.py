@@ -1,7 +1,9 @@
 """A checkpoint as a directory: tensors through DCP under the unsharded names and shapes, all else in small files."""
 
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,11 +16,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_autotp.checkpoint import manifest
 from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
-from lightning_autotp.checkpoint.publish import beside, put_in_place, remove, remove_leftovers, synchronize
+from lightning_autotp.checkpoint.publish import beside, not_saved, put_in_place, remove, remove_leftovers, synchronize
 from lightning_autotp.checkpoint.safe_load import Planner, Reader, load_plain, name_what_is_refused, plain
 from lightning_autotp.checkpoint.sharded_view import ShardedView
-from lightning_autotp.checkpoint.state_dict import Placement, empty_part
-from lightning_autotp.distributed.errors import raised_together
+from lightning_autotp.checkpoint.state_dict import Placement, empty_part, map_optimizer_state
+from lightning_autotp.distributed.errors import Explain, Processes, raised_together
 
 
 def is_directory_checkpoint(path: Path) -> bool:
@@ -46,7 +48,7 @@ def save_directory(
         models: what to record of the Hugging Face models in it.
 
     Raises:
-        RuntimeError: on all processes, if one of them could not write, or the first one does not see its file.
+        RuntimeError: on all processes alike, if one of them could not write, or the first one does not see its file.
     """
     rest = dict(checkpoint)
     optimizers = rest.pop("optimizer_states", None)
@@ -54,41 +56,48 @@ def save_directory(
     if optimizers is not None:
         tensors["optimizers"] = {str(at): by_name(s, names[at], placement) for at, s in enumerate(optimizers)}
         rest["optimizer_states"] = [skeleton_of(s, names[at]) for at, s in enumerate(optimizers)]
-    shared = [beside(path).name, uuid.uuid4().hex]
-    dist.broadcast_object_list(shared, src=0)
-    made, save_id = path.parent / shared[0], shared[1]
+    processes = Processes()
+    made_name, save_id = processes.first((beside(path).name, uuid.uuid4().hex))
+    made = path.parent / made_name
+    failed = partial(not_saved, path)
     try:
-        raised_together(lambda: made.mkdir(parents=True, exist_ok=True))
-        dcp.save(tensors, storage_writer=_storage(made))
-        written = raised_together(lambda: _sealed(made, save_id))
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, written)
+        processes.raised_together(lambda: made.mkdir(parents=True, exist_ok=True), failed)
+        _save(tensors, made, failed)
+        written = processes.raised_together(lambda: _sealed(made, save_id, processes.rank), failed)
+        everyones = processes.gather(written)
         sizes = {"processes": len(everyones), "autotp_size": placement.mesh.tp_size}
-        raised_together(lambda: _finish(plain(rest), made, path, save_id, everyones, sizes, models))
-    except CheckpointException as error:
-        remove(made)
-        failed = "; ".join(f"rank {rank}: {_said(wrapped)}" for rank, wrapped in sorted(error.failures.items()))
-        raise RuntimeError(f"{path} could not be written, and what was there before is as it was. {failed}.") from error
+        finish = partial(_finish, plain(rest), made, path, save_id, everyones, sizes, models)
+        processes.raised_together(lambda: finish() if processes.rank == 0 else None, failed)
     except BaseException:
         remove(made)  # on each process: the disk may be its node's own
         raise
 
 
+def _save(tensors: dict[str, Any], made: Path, failed: Explain) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a model that no run has begun with
+        try:
+            dcp.save(tensors, storage_writer=_storage(made))
+        except CheckpointException as error:
+            raise failed({rank: _said(wrapped) for rank, wrapped in error.failures.items()}) from error
+
+
 def load_directory(
     path: Path,
-    names: list[list[str]],
     placement: Placement,
     *,
+    optimizers: bool = True,
     unsafe: bool = False,
     all_bytes: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint directory; tensors come as this rank's parts, on the CPU. Every process must call it.
 
+    The state of optimizers has parameters by name, which :func:`of_this_run` numbers.
+
     Args:
         path: the directory.
-        names: for each optimizer of this run, its parameters' names in ``state_dict`` order; empty to leave the
-            optimizers' state unread.
         placement: where the parts lie in this run; the run that wrote it may have used any other.
+        optimizers: whether to read the optimizers' state.
         unsafe: whether to load what is neither tensors nor plain containers.
         all_bytes: whether to compare all checksums.
 
@@ -96,7 +105,6 @@ def load_directory(
         FileNotFoundError: if the directory is not a complete checkpoint.
         DamagedError: if a file is not what was written; a ValueError.
         RefusedError: if a file could run code; a ValueError.
-        ValueError: if its optimizers' parameters are not those of this run.
     """
     checkpoint: dict[str, Any] = raised_together(lambda: _checked(path, unsafe, all_bytes))
     stored = Reader(path, unsafe).read_metadata().state_dict_metadata
@@ -107,7 +115,7 @@ def load_directory(
         if key.startswith(prefix)
     }
     wanted: dict[str, Any] = {"state_dict": {name: target for name, (_, target) in model.items()}}
-    skeletons = checkpoint.get("optimizer_states", []) if names else []
+    skeletons = checkpoint.get("optimizer_states", []) if optimizers else []
     states = [
         {
             name: {
@@ -115,7 +123,7 @@ def load_directory(
                 for entry in entries
                 if f"optimizers.{at}.{name}.{entry}" in stored
             }
-            for name, entries in skeleton.get("state", {}).items()
+            for name, entries in _states(skeleton).items()
         }
         for at, skeleton in enumerate(skeletons)
     ]
@@ -128,10 +136,21 @@ def load_directory(
     checkpoint["state_dict"] = {
         name: wanted["state_dict"][name] if local is None else local for name, (local, _) in model.items()
     }
-    if names and "optimizer_states" in checkpoint:
-        locals_ = [{n: {e: local for e, (local, _) in v.items()} for n, v in state.items()} for state in states]
-        checkpoint["optimizer_states"] = by_number(skeletons, locals_, names)
+    if skeletons:
+        checkpoint["optimizer_states"] = [
+            {**skeleton, "state": {n: {**of_one, **_locals(read[n])} for n, of_one in _states(skeleton).items()}}
+            for skeleton, read in zip(skeletons, states)
+        ]
     return checkpoint
+
+
+def _states(skeleton: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    state: Mapping[str, Mapping[str, Any]] = skeleton.get("state", {})
+    return state
+
+
+def _locals(targets: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    return {entry: local for entry, (local, _) in targets.items()}
 
 
 def read_into(state: dict[str, Any], path: Path, unsafe: bool = False) -> None:
@@ -190,34 +209,58 @@ def skeleton_of(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     }
 
 
-def by_number(
-    skeletons: list[dict[str, Any]], tensors: list[dict[str, dict[str, Tensor]]], names: list[list[str]]
-) -> list[dict[str, Any]]:
-    """The ``state_dict`` of every optimizer, its parameters numbered as this run's optimizers number them."""
-    if len(skeletons) != len(names):
-        raise ValueError(f"the checkpoint has {len(skeletons)} optimizers, this run has {len(names)}.")
+def by_number(states: Sequence[Mapping[str, Any]], names: list[list[str]]) -> list[dict[str, Any]]:
+    """The ``state_dict`` of every optimizer, its parameters, which are by name, numbered as in this run.
+
+    Args:
+        states: those read.
+        names: for each optimizer of this run, its parameters' names in ``state_dict`` order.
+
+    Raises:
+        ValueError: if the parameters are not those of this run, or in other groups.
+    """
+    if len(states) != len(names):
+        raise ValueError(f"the checkpoint has {len(states)} optimizers, this run has {len(names)}.")
     numbered = []
-    for skeleton, found, ours in zip(skeletons, tensors, names):
-        theirs = [name for group in skeleton.get("param_groups", []) for name in group["params"]]
+    for found, ours in zip(states, names):
+        theirs = [name for group in found.get("param_groups", []) for name in group["params"]]
         if set(theirs) != set(ours):
             differing = sorted(set(theirs) ^ set(ours))
             raise ValueError(
                 f"the optimizer in the checkpoint and this run's have different parameters: {', '.join(differing[:5])}."
             )
         number = {name: at for at, name in enumerate(ours)}
-        state = {
-            number[name]: {entry: found[name].get(entry, value) for entry, value in entries.items()}
-            for name, entries in skeleton.get("state", {}).items()
-        }
-        groups = [
-            {**g, "params": sorted(number[name] for name in g["params"])} for g in skeleton.get("param_groups", [])
-        ]
+        state = {number[name]: dict(entries) for name, entries in _states(found).items()}
+        groups = [{**g, "params": sorted(number[name] for name in g["params"])} for g in found.get("param_groups", [])]
         if [n for group in groups for n in group["params"]] != list(range(len(ours))):
             raise ValueError(
                 "the optimizer in the checkpoint groups its parameters in another way than this run's does."
             )
-        numbered.append({**skeleton, "state": state, "param_groups": groups})
+        numbered.append({**found, "state": state, "param_groups": groups})
     return numbered
+
+
+def of_this_run(
+    states: Sequence[Mapping[str, Any]], names: list[list[str]], placement: Placement
+) -> Sequence[Mapping[str, Any]]:
+    """The ``optimizer_states`` of a checkpoint, from a directory or an ordinary file, as this run's optimizers load it.
+
+    Args:
+        states: as they were read; those of a file have full tensors. None of them, or ready ones, stay as they are.
+        names: for each optimizer of this run, its parameters' names in ``state_dict`` order.
+        placement: where the parts lie.
+
+    Raises:
+        ValueError: if the parameters are not those of this run, as far as their names are known.
+    """
+    if any(isinstance(p, str) for state in states for group in state.get("param_groups", []) for p in group["params"]):
+        return by_number(states, names)
+    if len(states) != len(names):  # Lightning pairs what there is
+        return states
+    return [
+        map_optimizer_state(state, names[at], lambda name, _, value: placement.cut(name, value))
+        for at, state in enumerate(states)
+    ]
 
 
 def _is_tensor(value: Any) -> bool:
@@ -232,9 +275,9 @@ def _storage(made: Path) -> dcp.FileSystemWriter:
     return dcp.FileSystemWriter(made, sync_files=False)  # they are synchronized when they are sealed
 
 
-def _sealed(made: Path, save_id: str) -> dict[str, Written]:
+def _sealed(made: Path, save_id: str, rank: int) -> dict[str, Written]:
     """The files that this process has written, complete and on the disk."""
-    own = sorted(made.glob(f"__{dist.get_rank()}_*"))
+    own = sorted(made.glob(f"__{rank}_*"))
     return {file.name: manifest.seal(file, save_id) for file in own}
 
 
@@ -247,14 +290,12 @@ def _finish(
     sizes: Mapping[str, int],
     models: Sequence[Mapping[str, Any]],
 ) -> None:
-    if dist.get_rank() != 0:
-        return
     name_what_is_refused(rest, path, paths=True)
     torch.save({**rest, SAVE_ID: save_id}, made / manifest.REST)
     for small in (manifest.REST, manifest.METADATA):
         synchronize(made / small)
     files = {small: manifest.finished(made / small) for small in (manifest.REST, manifest.METADATA)}
-    _require_all(made, path, everyones)
+    _require_all(made, everyones)
     for written in everyones:
         files |= written
     Manifest(save_id, files, manifest.writer(**sizes), models).write(made)
@@ -263,7 +304,7 @@ def _finish(
     remove_leftovers(path)
 
 
-def _require_all(made: Path, path: Path, everyones: Sequence[Mapping[str, Written]]) -> None:
+def _require_all(made: Path, everyones: Sequence[Mapping[str, Written]]) -> None:
     """Require all that was written, and all that the metadata names, to be where the first process sees it."""
     here = {entry.name: entry.stat().st_size for entry in made.iterdir()}
     lacking = [
@@ -275,10 +316,9 @@ def _require_all(made: Path, path: Path, everyones: Sequence[Mapping[str, Writte
     named = {info.relative_path for info in Reader(made).read_metadata().storage_data.values()}
     lacking += [f"`{name}`" for name in sorted(named - {name for written in everyones for name in written})]
     if lacking:
-        raise RuntimeError(
-            f"{path} was not written: rank 0 does not see {', '.join(lacking[:5])} of {len(lacking)} files in"
-            f" {path.parent}. Is it a disk of one node? Save to a file system that all nodes share, or with"
-            " save_distributed_checkpoint=False. What was there before is as it was."
+        raise FileNotFoundError(
+            f"rank 0 does not see {', '.join(lacking[:5])} of {len(lacking)} files in {made.parent}. Is it a disk of"
+            " one node? Save to a file system that all nodes share, or with save_distributed_checkpoint=False"
         )
 
 

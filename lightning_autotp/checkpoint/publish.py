@@ -12,7 +12,8 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -97,6 +98,13 @@ def write_in_place(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     remove_leftovers(path)
 
 
+def not_saved(path: Path, failures: Mapping[int, str]) -> RuntimeError:
+    """The error of a save that has failed on some ranks: which, why, and what the name stands for now."""
+    said = "; ".join(f"rank {rank}: {text.rstrip('.')}" for rank, text in sorted(failures.items()))
+    stands = "the checkpoint that was there before, whole" if os.path.lexists(path) else "nothing, as before"
+    return RuntimeError(f"{path} could not be written. {said}. What has this name is {stands}.")
+
+
 def remove(path: Path) -> None:
     """Remove a file, link or directory, if it is there."""
     if path.is_symlink() or path.is_file():
@@ -117,7 +125,8 @@ def remove_leftovers(path: Path) -> None:
         target, here, process = found[1], found[2] == _machine(), int(found[3])
         others = here and process != os.getpid()
         if not _is_running(process) if others else target == _digest(path.name):
-            remove(entry)
+            with suppress(OSError):  # another user's, say: what was saved stands nevertheless
+                remove(entry)
 
 
 def _is_running(process: int) -> bool:

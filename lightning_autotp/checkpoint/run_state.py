@@ -80,7 +80,7 @@ def load_state(
     if optimizer is not None:
         saved = state["optimizer"]
         found = {n: {e: _local(n, v, placement) for e, v in of_one.items()} for n, of_one in saved["state"].items()}
-        optimizer.load_state_dict(by_number([saved], [found], [optimizer_names(model, optimizer)])[0])
+        optimizer.load_state_dict(by_number([{**saved, "state": found}], [optimizer_names(model, optimizer)])[0])
 
 
 def _target(name: str, stored: Any, placement: Placement) -> Any:

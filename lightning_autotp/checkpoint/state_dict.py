@@ -118,18 +118,6 @@ def full_checkpoint(checkpoint: Mapping[str, Any], names: list[list[str]], place
     return full
 
 
-def local_checkpoint(checkpoint: Mapping[str, Any], names: list[list[str]], placement: Placement) -> dict[str, Any]:
-    """``checkpoint``, read from an ordinary file, with this rank's parts of its tensors."""
-    local = dict(checkpoint)
-    local["state_dict"] = {name: placement.cut(name, value) for name, value in checkpoint.get("state_dict", {}).items()}
-    if "optimizer_states" in checkpoint and len(names) == len(checkpoint["optimizer_states"]):
-        local["optimizer_states"] = [
-            map_optimizer_state(state, names[at], lambda name, _, value: placement.cut(name, value))
-            for at, state in enumerate(checkpoint["optimizer_states"])
-        ]
-    return local
-
-
 def empty_part(size: torch.Size, dtype: torch.dtype, layout: "Layout | None", rank: int) -> Tensor:
     """An uninitialized local tensor to read a saved one of ``size`` into."""
     shape = tuple(size) if layout is None else layout.local_shape(rank)

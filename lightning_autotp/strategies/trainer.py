@@ -116,7 +116,7 @@ class AutoTPStrategy(CheckpointStrategy):
         self._sample_batch = sample_batch
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._exclude_frozen_parameters = exclude_frozen_parameters
-        self._all_devices = False
+        self._all_devices = self._is_sharded = False
         self._engine: Optional[Engine] = None
         self._prover: Optional[Prover] = None
 
@@ -161,23 +161,32 @@ class AutoTPStrategy(CheckpointStrategy):
     def connect(self, model: LightningModule) -> None:
         if self._engine is not None and self._engine.model is not model:
             self._engine = self._prover = None  # or they would keep the last run's model while this one is made
+        self._is_sharded = self._has_optimizers = False
         super().connect(model)
 
     @override
-    def setup(self, trainer: Trainer) -> None:
-        assert self.accelerator is not None
-        self.accelerator.setup(trainer)
+    def _shard_for_this_run(self) -> None:
+        if self._is_sharded:
+            return
         self.model = module = self._module
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        assert self.accelerator is not None
+        self.accelerator.setup(module.trainer)
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync:
             self.model = self._layer_sync.apply(self.model)
         self.precision_plugin.convert_module(module)
         apply_dtype(module, self.config, str(self.precision_plugin.precision))
-        self._engine = engine = self._shard(trainer, module, fitting)
+        self._engine = self._shard(module.trainer, module, fitting)
         self.model_to_device()
         statistics_over_dp(module, self.mesh)
+        self._is_sharded = True
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._shard_for_this_run()
+        fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._begin_fit(trainer, module, engine)
+            self._begin_fit(trainer, self._module, self.engine)
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
@@ -211,6 +220,7 @@ class AutoTPStrategy(CheckpointStrategy):
             self.configure_ddp()
         self._reset_optimizers_and_schedulers()
         self.setup_optimizers(trainer)
+        self._has_optimizers = True
         engine.accept(self.optimizers)
         if not module.automatic_optimization:
             for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`

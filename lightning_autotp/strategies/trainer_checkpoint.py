@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
-from lightning_autotp.checkpoint.distributed import load_directory, save_directory
+from lightning_autotp.checkpoint.distributed import load_directory, of_this_run, save_directory
 from lightning_autotp.checkpoint.hf_record import models_in
 from lightning_autotp.checkpoint.manifest import check_file
-from lightning_autotp.checkpoint.publish import write_in_place
+from lightning_autotp.checkpoint.publish import not_saved, write_in_place
 from lightning_autotp.checkpoint.safe_load import load_with, name_what_is_refused, plain
-from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, local_checkpoint, optimizer_names
+from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, optimizer_names
 from lightning_autotp.checkpoint.tensors import RECORD
 from lightning_autotp.config.training_config import TPTrainingConfig
-from lightning_autotp.distributed.errors import raised_together
+from lightning_autotp.distributed.errors import Processes, raised_together
+from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.trainer_mesh import MeshStrategy
@@ -36,6 +38,8 @@ class CheckpointStrategy(MeshStrategy):
     config: TPTrainingConfig
     _save_distributed_checkpoint: bool
     _exclude_frozen_parameters: bool
+    _has_optimizers: bool = False
+    """Whether those there are belong to the run that goes on, and not to an earlier fit."""
 
     @property
     def plan(self) -> Optional[ShardingPlan]:
@@ -43,15 +47,15 @@ class CheckpointStrategy(MeshStrategy):
         found = None if self.lightning_module is None else sharded(self.lightning_module)
         return None if found is None else found.plan
 
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
+    def _shard_for_this_run(self) -> None:
+        """Shard the module, unless that is done: Lightning restores models and callbacks before it calls setup."""
+        raise NotImplementedError
 
     @property
     def _placement(self) -> Placement:
         if self.plan is None:
-            return Placement({}, self.mesh)
+            # before any run there is no mesh, and each process has the whole model
+            return Placement({}, silent_mesh(1) if self._mesh is None else self.mesh)
         return Placement.of(self._module, self.plan.layouts, self.mesh)
 
     def _optimizer_names(self) -> list[list[str]]:
@@ -84,26 +88,35 @@ class CheckpointStrategy(MeshStrategy):
         return {name for name, p in stored.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
 
     @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # only now are there the groups that the optimizers had when they were saved: callbacks rebuild them
+        states = of_this_run(checkpoint["optimizer_states"], self._optimizer_names(), self._placement)
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Union[str, Path], storage_options: Optional[Any] = None
     ) -> None:
         path = Path(self.broadcast(filepath))
         if "://" in str(filepath):
             raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
+        if self._mesh is None and not dist.is_initialized() and not self.is_global_zero:
+            return  # before any run processes do not know each other, and the first one has all
         names = self._optimizer_names() if "optimizer_states" in checkpoint else []
-        require_alike(checkpoint, self._placement.layouts.values(), self.mesh)
+        placement = self._placement
+        require_alike(checkpoint, placement.layouts.values(), placement.mesh)
         if self._save_distributed_checkpoint:
             if storage_options is not None:
                 raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
-            save_directory(checkpoint, names, self._placement, path, models_in(self._module))
+            save_directory(checkpoint, names, placement, path, models_in(self._module))
             return
         if self.broadcast(path.is_dir()):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
-        full = full_checkpoint(checkpoint, names, self._placement)
+        full = full_checkpoint(checkpoint, names, placement)
         models = models_in(self._module)
         if models:
             full[RECORD] = models
-        raised_together(lambda: self._write(full, path, storage_options))
+        Processes().raised_together(lambda: self._write(full, path, storage_options), partial(not_saved, path))
 
     def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
         if not self.is_global_zero:
@@ -117,15 +130,19 @@ class CheckpointStrategy(MeshStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
+        self._shard_for_this_run()
         fitting = self._module.trainer.state.fn == TrainerFn.FITTING
-        names = self._optimizer_names() if fitting else []  # those of an earlier fit are still there
-        # Lightning's Trainer drops `weights_only` of `fit` on the way here: the switch is the config's
-        unsafe = self.config.unsafe_checkpoint_load or weights_only is False
+        unsafe = self.config.unsafe_checkpoint_load if weights_only is None else not weights_only
         if path.is_dir():
             all_bytes = self.config.verify_checksums
-            return load_directory(path, names, self._placement, unsafe=unsafe, all_bytes=all_bytes)
-        checkpoint = raised_together(lambda: self._read(path, unsafe))
-        return local_checkpoint(checkpoint, names, self._placement)
+            found = load_directory(path, self._placement, optimizers=fitting, unsafe=unsafe, all_bytes=all_bytes)
+        else:
+            full = raised_together(lambda: self._read(path, unsafe))
+            state = {name: self._placement.cut(name, value) for name, value in full.get("state_dict", {}).items()}
+            found = {**full, "state_dict": state}
+        if fitting and self._has_optimizers and "optimizer_states" in found:
+            found["optimizer_states"] = of_this_run(found["optimizer_states"], self._optimizer_names(), self._placement)
+        return found
 
     def _read(self, path: Path, unsafe: bool) -> dict[str, Any]:
         if not path.exists():

@@ -110,7 +110,7 @@ def test_shards_on_a_disk_of_one_node_are_an_error_on_all_ranks(tmp_path: Path, 
     if dist.get_rank() == 1:  # the same path, on another disk
         own, sealed = tmp_path / "other-node", distributed._sealed
         monkeypatch.setattr(distributed, "_storage", lambda made: dcp.FileSystemWriter(own, sync_files=False))
-        monkeypatch.setattr(distributed, "_sealed", lambda made, save_id: sealed(own, save_id))
+        monkeypatch.setattr(distributed, "_sealed", lambda made, *others: sealed(own, *others))
     with pytest.raises(RuntimeError, match=r"rank 0 does not see `__1_0\.distcp` of rank 1.*disk of one node"):
         run.save_checkpoint(tmp_path / "shared" / "checkpoint")
     assert [entry.name for entry in (tmp_path / "shared").iterdir()] == ["checkpoint"]
