@@ -1,13 +1,12 @@
-"""A checkpoint as a directory: tensors through DCP under the unsharded names and shapes, all else in small files."""
+"""A checkpoint as a directory: tensors through DCP under the unsharded names and shapes, all else in small files.
 
-import uuid
-import warnings
+Here are its form and the reading; :mod:`lightning_autotp.checkpoint.saving` writes it.
+"""
+
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -15,71 +14,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_autotp.checkpoint import manifest
-from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
-from lightning_autotp.checkpoint.publish import beside, not_saved, put_in_place, remove, remove_leftovers, synchronize
-from lightning_autotp.checkpoint.safe_load import Planner, Reader, load_plain, name_what_is_refused, plain
+from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest
+from lightning_autotp.checkpoint.safe_load import Planner, Reader, load_plain
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, empty_part, map_optimizer_state
-from lightning_autotp.distributed.errors import Explain, Processes, raised_together
+from lightning_autotp.distributed.errors import raised_together
 
 
 def is_directory_checkpoint(path: Path) -> bool:
     """Whether ``path`` is a checkpoint directory; what is in its files is looked at when it is loaded."""
     return (path / manifest.METADATA).is_file() and (path / manifest.REST).is_file()
-
-
-def save_directory(
-    checkpoint: dict[str, Any],
-    names: list[list[str]],
-    placement: Placement,
-    path: Path,
-    models: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Write ``checkpoint``, whose tensors are this rank's parts; every process must call it with the same ``path``.
-
-    It is written beside ``path`` and takes its place when all files are there and on the disk: a crash, a full disk or
-    a disk of one node leaves what was there before.
-
-    Args:
-        checkpoint: what Lightning's ``dump_checkpoint`` gives.
-        names: for each optimizer, its parameters' names in ``state_dict`` order.
-        placement: where the parts lie.
-        path: the directory to make.
-        models: what to record of the Hugging Face models in it.
-
-    Raises:
-        RuntimeError: on all processes alike, if one of them could not write, or the first one does not see its file.
-    """
-    rest = dict(checkpoint)
-    optimizers = rest.pop("optimizer_states", None)
-    tensors: dict[str, Any] = {"state_dict": {n: view_of(n, t, placement) for n, t in rest.pop("state_dict").items()}}
-    if optimizers is not None:
-        tensors["optimizers"] = {str(at): by_name(s, names[at], placement) for at, s in enumerate(optimizers)}
-        rest["optimizer_states"] = [skeleton_of(s, names[at]) for at, s in enumerate(optimizers)]
-    processes = Processes()
-    made_name, save_id = processes.first((beside(path).name, uuid.uuid4().hex))
-    made = path.parent / made_name
-    failed = partial(not_saved, path)
-    try:
-        processes.raised_together(lambda: made.mkdir(parents=True, exist_ok=True), failed)
-        _save(tensors, made, failed)
-        written = processes.raised_together(lambda: _sealed(made, save_id, processes.rank), failed)
-        everyones = processes.gather(written)
-        sizes = {"processes": len(everyones), "autotp_size": placement.mesh.tp_size}
-        finish = partial(_finish, plain(rest), made, path, save_id, everyones, sizes, models)
-        processes.raised_together(lambda: finish() if processes.rank == 0 else None, failed)
-    except BaseException:
-        remove(made)  # on each process: the disk may be its node's own
-        raise
-
-
-def _save(tensors: dict[str, Any], made: Path, failed: Explain) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a model that no run has begun with
-        try:
-            dcp.save(tensors, storage_writer=_storage(made))
-        except CheckpointException as error:
-            raise failed({rank: _said(wrapped) for rank, wrapped in error.failures.items()}) from error
 
 
 def load_directory(
@@ -162,7 +106,7 @@ def read_into(state: dict[str, Any], path: Path, unsafe: bool = False) -> None:
     try:
         dcp.load(state, storage_reader=Reader(path, unsafe), planner=Planner(unsafe))
     except CheckpointException as error:
-        failed = "; ".join(f"rank {rank}: {_said(wrapped)}" for rank, wrapped in sorted(error.failures.items()))
+        failed = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(failures_of(error).items()))
         raise RuntimeError(f"{path} could not be read. {failed}.") from error
 
 
@@ -267,59 +211,11 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _said(wrapped: Any) -> str:
-    return f"{type(wrapped[0]).__name__}: {str(wrapped[0]).rstrip('.')}"
-
-
-def _storage(made: Path) -> dcp.FileSystemWriter:
-    return dcp.FileSystemWriter(made, sync_files=False)  # they are synchronized when they are sealed
-
-
-def _sealed(made: Path, save_id: str, rank: int) -> dict[str, Written]:
-    """The files that this process has written, complete and on the disk."""
-    own = sorted(made.glob(f"__{rank}_*"))
-    return {file.name: manifest.seal(file, save_id) for file in own}
-
-
-def _finish(
-    rest: dict[str, Any],
-    made: Path,
-    path: Path,
-    save_id: str,
-    everyones: Sequence[Mapping[str, Written]],
-    sizes: Mapping[str, int],
-    models: Sequence[Mapping[str, Any]],
-) -> None:
-    name_what_is_refused(rest, path, paths=True)
-    torch.save({**rest, SAVE_ID: save_id}, made / manifest.REST)
-    for small in (manifest.REST, manifest.METADATA):
-        synchronize(made / small)
-    files = {small: manifest.finished(made / small) for small in (manifest.REST, manifest.METADATA)}
-    _require_all(made, everyones)
-    for written in everyones:
-        files |= written
-    Manifest(save_id, files, manifest.writer(**sizes), models).write(made)
-    synchronize(made)
-    put_in_place(made, path)
-    remove_leftovers(path)
-
-
-def _require_all(made: Path, everyones: Sequence[Mapping[str, Written]]) -> None:
-    """Require all that was written, and all that the metadata names, to be where the first process sees it."""
-    here = {entry.name: entry.stat().st_size for entry in made.iterdir()}
-    lacking = [
-        f"`{name}` of rank {rank}"
-        for rank, written in enumerate(everyones)
-        for name, found in written.items()
-        if here.get(name) != found.size
-    ]
-    named = {info.relative_path for info in Reader(made).read_metadata().storage_data.values()}
-    lacking += [f"`{name}`" for name in sorted(named - {name for written in everyones for name in written})]
-    if lacking:
-        raise FileNotFoundError(
-            f"rank 0 does not see {', '.join(lacking[:5])} of {len(lacking)} files in {made.parent}. Is it a disk of"
-            " one node? Save to a file system that all nodes share, or with save_distributed_checkpoint=False"
-        )
+def failures_of(error: CheckpointException) -> dict[int, str]:
+    """What each rank that failed says, by its number."""
+    return {
+        rank: f"{type(wrapped[0]).__name__}: {str(wrapped[0]).rstrip('.')}" for rank, wrapped in error.failures.items()
+    }
 
 
 def _checked(path: Path, unsafe: bool, all_bytes: bool) -> dict[str, Any]:

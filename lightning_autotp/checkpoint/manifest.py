@@ -1,12 +1,10 @@
 """What a checkpoint directory says of itself (``autotp.json``): its files, their sizes and checksums, who wrote it."""
 
 import json
-import os
 import platform
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -130,15 +128,9 @@ class Manifest:
                 )
 
 
-def seal(path: Path, save_id: str) -> Written:
-    """Write the save's id behind what DCP reads of a shard, and have it all on the disk."""
-    with path.open("ab") as stream, ThreadPoolExecutor(1) as beside:
-        stream.write(_SEAL + save_id.encode())
-        stream.flush()
-        synchronized = beside.submit(os.fsync, stream.fileno())  # the disk works while this process computes
-        written = finished(path)
-        synchronized.result()
-    return written
+def seal_for(save_id: str) -> bytes:
+    """What stands behind what DCP reads of a shard."""
+    return _SEAL + save_id.encode()
 
 
 def seal_of(path: Path) -> str:

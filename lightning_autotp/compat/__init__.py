@@ -28,6 +28,7 @@ from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
+from torch.utils.serialization import config as serialization_config
 
 from lightning_autotp.compat.transformers import (
     GroupedExpertsFunctions,
@@ -129,6 +130,13 @@ make_wrapper_subclass: Any = torch.Tensor._make_wrapper_subclass
 
 CPU_FLASH_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_FLASH_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@contextmanager
+def without_record_checksums() -> Iterator[None]:
+    """Inside, in this thread, ``torch.save`` computes no checksums, which ``torch.load`` does not look at."""
+    with serialization_config.patch("save.compute_crc32", False):
+        yield
 
 
 def unsafe_view(x: Tensor, shape: list[int]) -> Tensor:

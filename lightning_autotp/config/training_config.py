@@ -167,6 +167,10 @@ class TPTrainingConfig(_Section):
     """Before a checkpoint is loaded, compare all of it with the checksums recorded when it was saved; without it,
     sizes, the ids of the save and the small files of a directory are compared."""
 
+    async_checkpoint: Switch = False
+    """While training goes on, write checkpoints from a copy in host memory, which is kept for the next ones. The next
+    save waits for the last, as the end of training and any exit do, and raises its error if it failed."""
+
     @model_validator(mode="before")
     @classmethod
     def _one_nested_section(cls, data: Any) -> Any:

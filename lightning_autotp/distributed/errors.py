@@ -27,6 +27,11 @@ class Processes:
         return dist.get_rank(self.group) if _run() else 0
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there are no processes that could send one another anything."""
+        return not _run()
+
+    @property
     def size(self) -> int:
         """How many they are."""
         return dist.get_world_size(self.group) if _run() else 1

@@ -32,7 +32,13 @@ from lightning_autotp.strategies.arguments import takes_fields_of
 from lightning_autotp.strategies.sample import sample_of
 from lightning_autotp.strategies.summary import summarize_the_full_model
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
-from lightning_autotp.strategies.validation import apply_dtype, check_processes, known_arguments, refuse_callbacks
+from lightning_autotp.strategies.validation import (
+    apply_dtype,
+    check_processes,
+    known_arguments,
+    refuse_callbacks,
+    refuse_links,
+)
 from lightning_autotp.training.compile import compile_blocks
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.data_parallel import (
@@ -97,6 +103,7 @@ class AutoTPStrategy(CheckpointStrategy):
         gradient_as_bucket_view: bool = False,
         unsafe_checkpoint_load: Optional[bool] = None,
         verify_checksums: Optional[bool] = None,
+        async_checkpoint: Optional[bool] = None,
         sample_batch: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -210,6 +217,8 @@ class AutoTPStrategy(CheckpointStrategy):
         return Engine(module, found, look, self._prover)
 
     def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
+        if self.config.async_checkpoint:
+            refuse_links(trainer)
         if self.tp_size > 1:
             refuse_callbacks(trainer)
             summarize_the_full_model(trainer, module, engine.sharded.plan)
@@ -228,6 +237,7 @@ class AutoTPStrategy(CheckpointStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
         if self.lightning_module is not None:
             explain_ddp_error(exception, self.lightning_module)
 
@@ -322,6 +332,7 @@ class AutoTPStrategy(CheckpointStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+        self.finish_saving()
 
     @classmethod
     def from_environment(cls) -> "AutoTPStrategy":

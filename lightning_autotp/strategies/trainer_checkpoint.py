@@ -8,15 +8,19 @@ from typing import Any, Optional, Union
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
-from lightning_autotp.checkpoint.distributed import load_directory, of_this_run, save_directory
+from lightning_autotp.checkpoint.background import Background
+from lightning_autotp.checkpoint.distributed import load_directory, of_this_run
 from lightning_autotp.checkpoint.hf_record import models_in
+from lightning_autotp.checkpoint.host_copies import HostCopies
 from lightning_autotp.checkpoint.manifest import check_file
 from lightning_autotp.checkpoint.publish import not_saved, write_in_place
-from lightning_autotp.checkpoint.safe_load import load_with, name_what_is_refused, plain
+from lightning_autotp.checkpoint.safe_load import load_with, plain
+from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, optimizer_names
 from lightning_autotp.checkpoint.tensors import RECORD
 from lightning_autotp.config.training_config import TPTrainingConfig
@@ -40,6 +44,11 @@ class CheckpointStrategy(MeshStrategy):
     _exclude_frozen_parameters: bool
     _has_optimizers: bool = False
     """Whether those there are belong to the run that goes on, and not to an earlier fit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trains = False
+        self._background, self._host_copies = Background(), HostCopies()
 
     @property
     def plan(self) -> Optional[ShardingPlan]:
@@ -93,42 +102,98 @@ class CheckpointStrategy(MeshStrategy):
         states = of_this_run(checkpoint["optimizer_states"], self._optimizer_names(), self._placement)
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
+    # -- saving -------------------------------------------------------------------------------------------------------
+
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Union[str, Path], storage_options: Optional[Any] = None
     ) -> None:
+        self._background.wait()
         path = Path(self.broadcast(filepath))
         if "://" in str(filepath):
             raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
         if self._mesh is None and not dist.is_initialized() and not self.is_global_zero:
             return  # before any run processes do not know each other, and the first one has all
-        names = self._optimizer_names() if "optimizer_states" in checkpoint else []
         placement = self._placement
         require_alike(checkpoint, placement.layouts.values(), placement.mesh)
-        if self._save_distributed_checkpoint:
-            if storage_options is not None:
-                raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
-            save_directory(checkpoint, names, placement, path, models_in(self._module))
-            return
+        # Slurm may end this process as soon as Lightning has saved for it
+        beside = self._trains and self.config.async_checkpoint and not path.name.startswith("hpc_ckpt_")
+        prepare = self._prepare_directory if self._save_distributed_checkpoint else self._prepare_file
+        write = prepare(checkpoint, path, placement, storage_options, beside)
+        if beside:
+            self._background.start(write, self._timeout)
+        else:
+            write(Processes())
+
+    def _prepare_directory(
+        self, checkpoint: dict[str, Any], path: Path, placement: Placement, options: Optional[Any], beside: bool
+    ) -> Write:
+        if options is not None:
+            raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
+        names = self._optimizer_names() if "optimizer_states" in checkpoint else []
+        still = self._host_copies.of(checkpoint) if beside else checkpoint
+        return prepare_directory(still, names, placement, path, models_in(self._module))
+
+    def _prepare_file(
+        self, checkpoint: dict[str, Any], path: Path, placement: Placement, options: Optional[Any], beside: bool
+    ) -> Write:
         if self.broadcast(path.is_dir()):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
-        full = full_checkpoint(checkpoint, names, placement)
+        names = self._optimizer_names() if "optimizer_states" in checkpoint else []
+        full = plain(full_checkpoint(checkpoint, names, placement))
         models = models_in(self._module)
         if models:
             full[RECORD] = models
-        Processes().raised_together(lambda: self._write(full, path, storage_options), partial(not_saved, path))
+        look_at_what_is_refused(full, path, paths=False)
+        if beside and self.is_global_zero:
+            full = self._host_copies.of(full, live=checkpoint)
+        work = partial(self._write, full, path, options) if self.is_global_zero else _nothing
+        return lambda processes: processes.raised_together(work, partial(not_saved, path))
 
     def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
-        if not self.is_global_zero:
-            return
-        name_what_is_refused(full, path, paths=False)
         if type(self.checkpoint_io) is TorchCheckpointIO and storage_options is None:
-            write_in_place(path, partial(torch.save, plain(full)))
+            write_in_place(path, partial(torch.save, full))
         else:
             self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
 
     @override
+    def remove_checkpoint(self, filepath: Union[str, Path]) -> None:
+        if self._background.is_saving:  # what is to take its place does not stand yet
+            self._background.then(partial(super().remove_checkpoint, filepath))
+        else:
+            super().remove_checkpoint(filepath)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._trains = True
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.finish_saving()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        try:
+            self.finish_saving()
+        except Exception as error:  # the first one is told
+            rank_zero_warn(str(error))
+
+    def finish_saving(self) -> None:
+        """Wait for the save that goes on beside training (``async_checkpoint``), if there is one.
+
+        Raises:
+            RuntimeError: if it failed; on all processes alike.
+        """
+        self._trains = False
+        self._background.wait()
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    @override
     def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
+        self._background.wait()
         path = Path(self.broadcast(checkpoint_path))
         self._shard_for_this_run()
         fitting = self._module.trainer.state.fn == TrainerFn.FITTING
@@ -150,3 +215,7 @@ class CheckpointStrategy(MeshStrategy):
         if self.config.verify_checksums and self.is_global_zero:
             check_file(path)
         return load_with(partial(self.checkpoint_io.load_checkpoint, path, weights_only=not unsafe), str(path))
+
+
+def _nothing() -> None:
+    pass

@@ -31,6 +31,20 @@ def refuse_callbacks(trainer: Trainer) -> None:
             )
 
 
+def refuse_links(trainer: Trainer) -> None:
+    """Refuse links to checkpoints that are still being written.
+
+    Raises:
+        ValueError: with the fix.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_last", None) == "link":
+            raise ValueError(
+                "async_checkpoint: ModelCheckpoint(save_last='link') makes a link before there is what it links to;"
+                " write save_last=True."
+            )
+
+
 def known_arguments(ours: Iterable[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """``kwargs`` for the base class of a strategy that takes ``ours`` itself.
 

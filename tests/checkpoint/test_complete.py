@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from lightning_autotp.checkpoint import distributed, publish
+from lightning_autotp.checkpoint import publish, saving, shard_files
 from lightning_autotp.checkpoint.manifest import Manifest
 from lightning_autotp.checkpoint.publish import beside, exchange, put_in_place, remove_leftovers, write_in_place
 from lightning_autotp.checkpoint.tensors import open_checkpoint
@@ -108,9 +108,8 @@ def test_shards_on_a_disk_of_one_node_are_an_error_on_all_ranks(tmp_path: Path, 
     model, run = Scheduled(), trainer(strategy(2))
     run.fit(model)
     if dist.get_rank() == 1:  # the same path, on another disk
-        own, sealed = tmp_path / "other-node", distributed._sealed
-        monkeypatch.setattr(distributed, "_storage", lambda made: dcp.FileSystemWriter(own, sync_files=False))
-        monkeypatch.setattr(distributed, "_sealed", lambda made, *others: sealed(own, *others))
+        own, writer = tmp_path / "other-node", saving.ShardWriter
+        monkeypatch.setattr(saving, "ShardWriter", lambda made, save_id: writer(own, save_id))
     with pytest.raises(RuntimeError, match=r"rank 0 does not see `__1_0\.distcp` of rank 1.*disk of one node"):
         run.save_checkpoint(tmp_path / "shared" / "checkpoint")
     assert [entry.name for entry in (tmp_path / "shared").iterdir()] == ["checkpoint"]
@@ -139,7 +138,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_frees_what_was_written(
         def full(*_: Any, **__: Any) -> None:
             raise Full(28, "No space left on device")
 
-        monkeypatch.setattr(os if not directory else distributed.manifest, "fsync" if not directory else "seal", full)
+        monkeypatch.setattr(*((shard_files._Sealing, "seal") if directory else (os, "fsync")), full)
     with pytest.raises((Full, RuntimeError), match="No space left"):
         run.save_checkpoint(tmp_path / "checkpoint")
     monkeypatch.undo()
@@ -182,14 +181,14 @@ def killed(path: Path, point: str, directory: bool) -> None:
         with pytest.MonkeyPatch.context() as patch:
             where: dict[str, tuple[Any, str, Any]] = {
                 "write_data": (dcp.FileSystemWriter, "write_data", then_die(dcp.FileSystemWriter.write_data)),
-                "seal": (distributed.manifest, "seal", then_die(distributed.manifest.seal)),
-                "rest": (distributed, "name_what_is_refused", die),
+                "seal": (shard_files._Sealing, "seal", then_die(shard_files._Sealing.seal)),
+                "rest": (saving, "_finish", die),
                 "manifest": (Manifest, "write", die),
-                "synchronize": (distributed, "synchronize", die),
+                "synchronize": (saving, "synchronize", die),
                 "exchange": (publish, "exchange", die),
                 "exchanged": (publish, "exchange", then_die(exchange)),
                 "remove": (publish, "remove", die),
-                "leftovers": (distributed, "remove_leftovers", die),
+                "leftovers": (saving, "remove_leftovers", die),
                 "write": (torch, "save", then_die(torch.save)),
                 "replace": (os, "replace", die),
                 "replaced": (os, "replace", then_die(os.replace)),
