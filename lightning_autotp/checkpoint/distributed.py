@@ -4,8 +4,7 @@ Here are its form and the reading; :mod:`lightning_autotp.checkpoint.saving` wri
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -14,20 +13,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_autotp.checkpoint import manifest
-from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest
-from lightning_autotp.checkpoint.safe_load import Planner, Reader, load_plain
+from lightning_autotp.checkpoint.manifest import SAVE_ID, contents_of, rest_of
+from lightning_autotp.checkpoint.places import AnyPath
+from lightning_autotp.checkpoint.safe_load import DamagedError, Planner, Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, empty_part, map_optimizer_state
 from lightning_autotp.distributed.errors import raised_together
 
 
-def is_directory_checkpoint(path: Path) -> bool:
+def is_directory_checkpoint(path: AnyPath) -> bool:
     """Whether ``path`` is a checkpoint directory; what is in its files is looked at when it is loaded."""
-    return (path / manifest.METADATA).is_file() and (path / manifest.REST).is_file()
+    try:
+        contents_of(path)
+    except FileNotFoundError:
+        return False
+    except DamagedError:
+        return True
+    return True
 
 
 def load_directory(
-    path: Path,
+    path: AnyPath,
     placement: Placement,
     *,
     optimizers: bool = True,
@@ -50,8 +56,8 @@ def load_directory(
         DamagedError: if a file is not what was written; a ValueError.
         RefusedError: if a file could run code; a ValueError.
     """
-    checkpoint: dict[str, Any] = raised_together(lambda: _checked(path, unsafe, all_bytes))
-    stored = Reader(path, unsafe).read_metadata().state_dict_metadata
+    inside, checkpoint = raised_together(lambda: _checked(path, unsafe, all_bytes))
+    stored = Reader(inside, unsafe).read_metadata().state_dict_metadata
     prefix = "state_dict."
     model = {
         key.removeprefix(prefix): target_of(key.removeprefix(prefix), stored[key], placement)
@@ -76,7 +82,7 @@ def load_directory(
             str(at): {name: {entry: view for entry, (_, view) in values.items()} for name, values in state.items()}
             for at, state in enumerate(states)
         }
-    read_into(wanted, path, unsafe)
+    read_into(wanted, inside, unsafe)
     checkpoint["state_dict"] = {
         name: wanted["state_dict"][name] if local is None else local for name, (local, _) in model.items()
     }
@@ -97,7 +103,7 @@ def _locals(targets: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
     return {entry: local for entry, (local, _) in targets.items()}
 
 
-def read_into(state: dict[str, Any], path: Path, unsafe: bool = False) -> None:
+def read_into(state: dict[str, Any], path: AnyPath, unsafe: bool = False) -> None:
     """Read ``state``, whose tensors and views are overwritten; every process must call it.
 
     Raises:
@@ -218,21 +224,15 @@ def failures_of(error: CheckpointException) -> dict[int, str]:
     }
 
 
-def _checked(path: Path, unsafe: bool, all_bytes: bool) -> dict[str, Any]:
-    """All but the tensors, once the files of the directory are known to be those that were written."""
-    if not is_directory_checkpoint(path):
-        raise FileNotFoundError(
-            f"{path} is not a complete checkpoint: it lacks `{manifest.METADATA}` or `{manifest.REST}`."
-        )
-    found = Manifest.read(path)
+def _checked(path: AnyPath, unsafe: bool, all_bytes: bool) -> tuple[AnyPath, dict[str, Any]]:
+    """Where the files are, and all but the tensors, once the files are known to be those that were written."""
+    inside, found = contents_of(path)
     if found is not None:
-        found.check(path)
+        found.check(inside)
         if all_bytes:  # each process its share of the files
-            found.check_bytes(path, sorted(found.files)[dist.get_rank() :: dist.get_world_size()])
+            found.check_bytes(inside, sorted(found.files)[dist.get_rank() :: dist.get_world_size()])
     else:
-        manifest.check_lengths(path, Reader(path, unsafe).read_metadata())
-    checkpoint: dict[str, Any] = load_plain(path / manifest.REST, unsafe=unsafe)
-    saved: Optional[str] = checkpoint.pop(SAVE_ID, None)
-    if saved is not None and found is None:
-        raise FileNotFoundError(f"{path} is not a complete checkpoint: it lacks `{manifest.NAME}`.")
-    return checkpoint
+        manifest.check_lengths(inside, Reader(inside, unsafe).read_metadata())
+    checkpoint = rest_of(inside, found, unsafe)
+    checkpoint.pop(SAVE_ID, None)
+    return inside, checkpoint

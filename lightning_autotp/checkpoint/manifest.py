@@ -13,8 +13,9 @@ from typing import Any, Optional
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.publish import synchronize
-from lightning_autotp.checkpoint.safe_load import DamagedError
+from lightning_autotp.checkpoint.safe_load import DamagedError, load_plain
 
 NAME = "autotp.json"
 METADATA, REST = ".metadata", "meta.pt"
@@ -46,14 +47,17 @@ class Manifest:
         files: all files but this one, by name.
         written_by: versions, sizes and time.
         models: what :mod:`~lightning_autotp.checkpoint.hf_record` says of the Hugging Face models in it.
+        folder: where in the directory the files are; empty for the directory itself. Where nothing can be renamed, each
+            save has a folder of its own, and is there once this says so.
     """
 
     save_id: str
     files: Mapping[str, Written]
     written_by: Mapping[str, Any] = field(default_factory=dict)
     models: Sequence[Mapping[str, Any]] = ()
+    folder: str = ""
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: AnyPath) -> None:
         """Write it, synchronized."""
         said: dict[str, Any] = {
             "format": _FORMAT,
@@ -61,14 +65,16 @@ class Manifest:
             "written_by": dict(self.written_by),
             "files": {name: vars(written) for name, written in sorted(self.files.items())},
             "models": list(self.models),
+            **({"folder": self.folder} if self.folder else {}),
         }
         said["crc32"] = _crc_of(said)
         path = directory / NAME
         path.write_text(json.dumps(said, indent=1))
-        synchronize(path)
+        if isinstance(path, Path):
+            synchronize(path)
 
     @classmethod
-    def read(cls, directory: Path) -> "Optional[Manifest]":
+    def read(cls, directory: AnyPath) -> "Optional[Manifest]":
         """Read it; None where there is none, as in checkpoints of version 0.1.0.
 
         Raises:
@@ -83,13 +89,14 @@ class Manifest:
             if crc != _crc_of(said):
                 raise ValueError("its checksum is another")
             files = {name: Written(**written) for name, written in said["files"].items()}
-            if any(Path(name).name != name for name in files):
+            folder = said.get("folder", "")
+            if any(Path(name).name != name or name == ".." for name in [*files, folder]):
                 raise ValueError("it names files outside of the directory")
-            return cls(said["save_id"], files, said["written_by"], said["models"])
+            return cls(said["save_id"], files, said["written_by"], said["models"], folder)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{directory}: {NAME} is damaged ({error}). {_FIX}") from error
 
-    def check(self, directory: Path) -> None:
+    def check(self, directory: AnyPath) -> None:
         """Compare sizes and save ids of all files, and the checksums of the small ones.
 
         Raises:
@@ -114,7 +121,7 @@ class Manifest:
                     f" {_FIX}"
                 )
 
-    def check_bytes(self, directory: Path, names: Iterable[str]) -> None:
+    def check_bytes(self, directory: AnyPath, names: Iterable[str]) -> None:
         """Compare the checksums of some files.
 
         Raises:
@@ -128,12 +135,43 @@ class Manifest:
                 )
 
 
+def contents_of(path: AnyPath) -> tuple[AnyPath, Optional[Manifest]]:
+    """Where the files of a checkpoint directory are, and what it says of itself.
+
+    Raises:
+        FileNotFoundError: if it is none, or not complete.
+        DamagedError: if its manifest is not what was written.
+    """
+    found = Manifest.read(path)
+    inside = path / found.folder if found is not None and found.folder else path
+    for name in (METADATA, REST):
+        if not (inside / name).is_file():
+            raise FileNotFoundError(f"{path} is not a complete checkpoint: it lacks `{name}`. {_FIX}")
+    return inside, found
+
+
+def rest_of(inside: AnyPath, found: Optional[Manifest], unsafe: bool) -> dict[str, Any]:
+    """What is no tensor of the model or an optimizer, with the save's id.
+
+    Raises:
+        FileNotFoundError: if the save had a manifest and there is none.
+        DamagedError: if the file cannot be read.
+        RefusedError: if it could run code.
+    """
+    file = inside / REST
+    with file.open("rb") as stream:
+        rest: dict[str, Any] = load_plain(stream, unsafe=unsafe, where=str(file))
+    if found is None and SAVE_ID in rest:
+        raise FileNotFoundError(f"{inside} is not a complete checkpoint: it lacks `{NAME}`. {_FIX}")
+    return rest
+
+
 def seal_for(save_id: str) -> bytes:
     """What stands behind what DCP reads of a shard."""
     return _SEAL + save_id.encode()
 
 
-def seal_of(path: Path) -> str:
+def seal_of(path: AnyPath) -> str:
     """The id of the save that a shard belongs to; empty if it has none."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - _SEALED))
@@ -141,12 +179,12 @@ def seal_of(path: Path) -> str:
     return end[len(_SEAL) :].decode(errors="replace") if end.startswith(_SEAL) else ""
 
 
-def finished(path: Path) -> Written:
+def finished(path: AnyPath) -> Written:
     """The size and checksum of a file that is complete."""
     return Written(path.stat().st_size, crc_of_file(path))
 
 
-def crc_of_file(path: Path) -> int:
+def crc_of_file(path: AnyPath) -> int:
     """The CRC-32 of a file's bytes."""
     crc = 0
     with path.open("rb") as stream:
@@ -155,7 +193,7 @@ def crc_of_file(path: Path) -> int:
     return crc
 
 
-def check_file(path: Path) -> None:
+def check_file(path: AnyPath) -> None:
     """Compare the bytes of an ordinary file with the checksums that ``torch.save`` put in it.
 
     Raises:
@@ -165,7 +203,7 @@ def check_file(path: Path) -> None:
         with path.open("rb") as stream:
             if stream.read(2) != b"PK":
                 return
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             wrong = archive.testzip()
     except zipfile.BadZipFile as error:
         raise DamagedError(f"{path} is truncated or damaged ({error}). {_FIX}") from error
@@ -173,7 +211,7 @@ def check_file(path: Path) -> None:
         raise DamagedError(f"{path} does not have the bytes that were written, in {wrong}. {_FIX}")
 
 
-def check_lengths(directory: Path, metadata: Metadata) -> None:
+def check_lengths(directory: AnyPath, metadata: Metadata) -> None:
     """Require the shards of a directory without a manifest to be there, and as long as ``metadata`` needs them.
 
     Raises:

@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
+from lightning_autotp.checkpoint.places import AnyPath, RemotePath
+
 # no "ckpt_" in it: Lightning parses such names when it looks for SLURM checkpoints
 _TEMPORARY = re.compile(r"\.autotp-tmp-([0-9a-f]{10})-([0-9a-f]{10})-(\d+)-[0-9a-f]{12}")
 
@@ -98,16 +100,36 @@ def write_in_place(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     remove_leftovers(path)
 
 
-def not_saved(path: Path, failures: Mapping[int, str]) -> RuntimeError:
+def not_saved(path: AnyPath, failures: Mapping[int, str]) -> RuntimeError:
     """The error of a save that has failed on some ranks: which, why, and what the name stands for now."""
     said = "; ".join(f"rank {rank}: {text.rstrip('.')}" for rank, text in sorted(failures.items()))
-    stands = "the checkpoint that was there before, whole" if os.path.lexists(path) else "nothing, as before"
+    is_there = os.path.lexists(path) if isinstance(path, Path) else _exists(path)
+    stands = "the checkpoint that was there before, whole" if is_there else "nothing, as before"
     return RuntimeError(f"{path} could not be written. {said}. What has this name is {stands}.")
 
 
-def remove(path: Path) -> None:
+def _exists(path: RemotePath) -> bool:
+    try:
+        return path.exists()
+    except Exception:  # of a file system that has failed already
+        return False
+
+
+def write_remotely(path: RemotePath, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file to where nothing is renamed; it is there once all of it is, on file systems that have transactions.
+
+    Object stores have, by nature: what is not complete is not there.
+    """
+    with path.fs.transaction, path.open("wb") as stream:
+        write(stream)
+
+
+def remove(path: AnyPath) -> None:
     """Remove a file, link or directory, if it is there."""
-    if path.is_symlink() or path.is_file():
+    if isinstance(path, RemotePath):
+        with suppress(Exception):  # several processes may try
+            path.remove()
+    elif path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     elif path.exists():
         shutil.rmtree(path, ignore_errors=True)

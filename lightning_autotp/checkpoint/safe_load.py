@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from lightning_autotp.checkpoint.places import AnyPath, Files
 from lightning_autotp.compat import layout_by_name, stored_piece
 
 SWITCH = "unsafe_checkpoint_load"
@@ -68,8 +69,9 @@ class Reader(FileSystemReader):
         unsafe: whether to read ``.metadata`` as torch does, which runs what it says.
     """
 
-    def __init__(self, path: Path, unsafe: bool = False) -> None:
-        super().__init__(path)
+    def __init__(self, path: AnyPath, unsafe: bool = False) -> None:
+        super().__init__(str(path))
+        self.fs, self.path = Files(), path  # type: ignore[assignment]
         self._unsafe = unsafe
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -79,7 +81,7 @@ class Reader(FileSystemReader):
             RefusedError: if it names what is not DCP's, or files outside of the directory.
             DamagedError: if it cannot be read.
         """
-        file = Path(self.path) / ".metadata"
+        file: AnyPath = self.path / ".metadata"  # type: ignore[operator]
         if self._unsafe:
             return super().read_metadata(*args, **kwargs)
         with file.open("rb") as stream:
@@ -94,16 +96,17 @@ class Reader(FileSystemReader):
     def piece(self, index: MetadataIndex) -> Tensor:
         """Read one stored piece of a tensor, without processes; :meth:`set_up_storage_reader` comes before."""
         info = self.storage_data[index]
-        with (Path(self.path) / info.relative_path).open("rb") as stream:
+        file: AnyPath = self.path / info.relative_path
+        with file.open("rb") as stream:
             part: Any = self._slice_file(stream, info)
             if info.transform_descriptors:
                 item: Any = None  # of no meaning to a transform
                 part = io.BytesIO(self.transforms.transform_load_stream(item, info.transform_descriptors, part).read())
-            loaded: Tensor = load_plain(part, where=f"{index.fqn} in {stream.name}")
+            loaded: Tensor = load_plain(part, where=f"{index.fqn} in {file}")
         return loaded
 
 
-def _unpickled(stream: IO[bytes], file: Path) -> Metadata:
+def _unpickled(stream: IO[bytes], file: AnyPath) -> Metadata:
     try:
         found = _Restricted(stream).load()
     except RefusedError as error:
@@ -124,7 +127,7 @@ def _unpickled(stream: IO[bytes], file: Path) -> Metadata:
     return found
 
 
-def _require_inside(relative: Any, file: Path) -> None:
+def _require_inside(relative: Any, file: AnyPath) -> None:
     """Refuse the path of a shard that leaves the directory of ``file``."""
     path = PurePosixPath(relative) if isinstance(relative, str) else PurePosixPath("..")
     if path.is_absolute() or ".." in path.parts or "\\" in str(relative) or ":" in str(relative) or not path.parts:
@@ -224,7 +227,7 @@ def plain(value: Any) -> Any:
 _named: set[str] = set()
 
 
-def name_what_is_refused(checkpoint: Mapping[str, Any], path: Path, *, paths: bool) -> None:
+def name_what_is_refused(checkpoint: Mapping[str, Any], path: AnyPath, *, paths: bool) -> None:
     """Warn, once, of what in ``checkpoint`` will be refused when it is loaded; called before it is written.
 
     Args:

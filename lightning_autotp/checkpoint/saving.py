@@ -3,7 +3,8 @@
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_autotp.checkpoint import manifest
 from lightning_autotp.checkpoint.distributed import by_name, failures_of, skeleton_of, view_of
 from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
+from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.publish import beside, not_saved, put_in_place, remove, remove_leftovers, synchronize
 from lightning_autotp.checkpoint.safe_load import Reader, name_what_is_refused, plain
 from lightning_autotp.checkpoint.shard_files import ShardWriter
 from lightning_autotp.checkpoint.state_dict import Placement
 from lightning_autotp.compat import without_record_checksums
 from lightning_autotp.distributed.errors import Explain, Processes
+
+_FOLDER = "autotp-"
+"""How the folders begin in which files lie where nothing can be renamed."""
 
 Write = Callable[[Processes], None]
 """Writes what has been prepared; each of the processes must call it."""
@@ -30,7 +35,7 @@ def prepare_directory(
     checkpoint: dict[str, Any],
     names: list[list[str]],
     placement: Placement,
-    path: Path,
+    path: AnyPath,
     models: Sequence[Mapping[str, Any]] = (),
 ) -> Write:
     """Prepare to write ``checkpoint``, whose tensors are this rank's parts; every process must call it.
@@ -68,14 +73,14 @@ def save_directory(
     checkpoint: dict[str, Any],
     names: list[list[str]],
     placement: Placement,
-    path: Path,
+    path: AnyPath,
     models: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write ``checkpoint`` at once; see :func:`prepare_directory`."""
     prepare_directory(checkpoint, names, placement, path, models)(Processes())
 
 
-def look_at_what_is_refused(rest: Mapping[str, Any], path: Path, *, paths: bool) -> None:
+def look_at_what_is_refused(rest: Mapping[str, Any], path: AnyPath, *, paths: bool) -> None:
     """Warn on the first process of what a load will refuse; see :func:`name_what_is_refused`.
 
     Raises:
@@ -89,23 +94,29 @@ def look_at_what_is_refused(rest: Mapping[str, Any], path: Path, *, paths: bool)
 def _write(
     tensors: dict[str, Any],
     rest: Mapping[str, Any],
-    path: Path,
+    path: AnyPath,
     tp_size: int,
     models: Sequence[Mapping[str, Any]],
     processes: Processes,
 ) -> None:
-    made_name, save_id = processes.first((beside(path).name, uuid.uuid4().hex))
-    made = path.parent / made_name
+    save_id = processes.first(uuid.uuid4().hex)
+    # where nothing can be renamed, the files are in their place, and unknown until the manifest names their folder
+    made = path.parent / processes.first(beside(path).name) if isinstance(path, Path) else path / f"{_FOLDER}{save_id}"
     failed = partial(not_saved, path)
     try:
         processes.raised_together(lambda: made.mkdir(parents=True, exist_ok=True), failed)
         everyones = processes.gather(_write_tensors(tensors, ShardWriter(made, save_id), processes, failed))
-        sizes = {"processes": len(everyones), "autotp_size": tp_size}
-        finish = partial(_finish, rest, made, path, save_id, everyones, sizes, models)
-        processes.raised_together(lambda: finish() if processes.rank == 0 else None, failed)
     except BaseException:
         remove(made)  # on each process: the disk may be its node's own
         raise
+    sizes = {"processes": len(everyones), "autotp_size": tp_size}
+    finish = partial(_finish, rest, made, path, save_id, everyones, sizes, models)
+    try:
+        processes.raised_together(lambda: finish() if processes.rank == 0 else None, failed)
+    except BaseException:
+        if isinstance(path, Path):
+            remove(made)
+        raise  # afar the manifest may have arrived nevertheless: if not, the next save removes the folder
 
 
 def _write_tensors(
@@ -126,28 +137,38 @@ def _write_tensors(
 
 
 def _finish(
-    rest: dict[str, Any],
-    made: Path,
-    path: Path,
+    rest: Mapping[str, Any],
+    made: AnyPath,
+    path: AnyPath,
     save_id: str,
     everyones: Sequence[Mapping[str, Written]],
     sizes: Mapping[str, int],
     models: Sequence[Mapping[str, Any]],
 ) -> None:
-    torch.save({**rest, SAVE_ID: save_id}, made / manifest.REST)
-    for small in (manifest.REST, manifest.METADATA):
-        synchronize(made / small)
+    with (made / manifest.REST).open("wb") as stream:
+        torch.save({**rest, SAVE_ID: save_id}, stream)
+    if isinstance(made, Path):
+        for small in (manifest.REST, manifest.METADATA):
+            synchronize(made / small)
     files = {small: manifest.finished(made / small) for small in (manifest.REST, manifest.METADATA)}
     _require_all(made, everyones)
     for written in everyones:
         files |= written
-    Manifest(save_id, files, manifest.writer(**sizes), models).write(made)
-    synchronize(made)
-    put_in_place(made, path)
-    remove_leftovers(path)
+    said = Manifest(save_id, files, manifest.writer(**sizes), models)
+    if isinstance(made, Path) and isinstance(path, Path):
+        said.write(made)
+        synchronize(made)
+        put_in_place(made, path)
+        remove_leftovers(path)
+    else:
+        replace(said, folder=made.name).write(path)
+        with suppress(Exception):  # what was saved stands
+            for entry in [entry for entry in path.iterdir() if entry.name.startswith(_FOLDER)]:
+                if entry.name != made.name:
+                    remove(entry)
 
 
-def _require_all(made: Path, everyones: Sequence[Mapping[str, Written]]) -> None:
+def _require_all(made: AnyPath, everyones: Sequence[Mapping[str, Written]]) -> None:
     """Require all that was written, and all that the metadata names, to be where the first process sees it."""
     here = {entry.name: entry.stat().st_size for entry in made.iterdir()}
     lacking = [

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Union
+from typing import IO, Any
 
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from lightning_autotp.checkpoint.manifest import Written, seal_for
+from lightning_autotp.checkpoint.places import AnyPath, Files
 
 _SMALL = 1 << 16
 
@@ -28,27 +29,31 @@ class ShardWriter(FileSystemWriter):
         written: the files of this process, by name.
     """
 
-    def __init__(self, directory: Path, save_id: str) -> None:
-        super().__init__(directory, sync_files=False)  # each file is synchronized when it is closed
+    def __init__(self, directory: AnyPath, save_id: str) -> None:
+        super().__init__(str(directory), sync_files=False)  # each file is synchronized when it is closed
         self.written: dict[str, Written] = {}
-        self.fs = _Files(save_id, self.written)
+        self.fs = _SealedFiles(save_id, self.written)
+        self.path: Any = directory
+
+    @property
+    def checkpoint_id(self) -> Any:
+        return str(self.path)
 
 
-class _Files(FileSystem):
+class _SealedFiles(Files):
     def __init__(self, save_id: str, written: dict[str, Written]) -> None:
         self._save_id, self._written = save_id, written
 
     @contextmanager
-    def create_stream(self, path: Union[str, os.PathLike[str]], mode: str) -> Iterator[io.IOBase]:
-        path = Path(path)
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         with path.open(mode) as stream:
             if path.suffix != DEFAULT_SUFFIX or mode != "wb":
-                yield stream  # type: ignore[misc]
+                yield stream
                 return
             with ThreadPoolExecutor(1) as beside:
                 sealing = _Sealing(stream, beside)
                 yield sealing
-                self._written[path.name] = sealing.seal(self._save_id)
+                self._written[path.name] = sealing.seal(self._save_id, synchronize=isinstance(path, Path))
 
 
 class _Sealing(io.RawIOBase):
@@ -85,8 +90,9 @@ class _Sealing(io.RawIOBase):
     def close(self) -> None:
         """Nothing: DCP closes before there is a seal."""
 
-    def seal(self, save_id: str) -> Written:
+    def seal(self, save_id: str, synchronize: bool) -> Written:
         self.write(seal_for(save_id))
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        if synchronize:
+            os.fsync(self._stream.fileno())
         return Written(self._size, self._crc)

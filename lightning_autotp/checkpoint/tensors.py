@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from lightning_autotp.checkpoint import manifest
 from lightning_autotp.checkpoint.hf_record import Record
-from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest
+from lightning_autotp.checkpoint.manifest import Manifest, contents_of, rest_of
+from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.safe_load import DamagedError, Reader, load_plain
 from lightning_autotp.checkpoint.state_dict import Placement
 
@@ -51,7 +52,7 @@ class Checkpoint:
         manifest: what a directory says of itself; None for files, and for directories of version 0.1.0.
     """
 
-    path: Path
+    path: AnyPath
     rest: Mapping[str, Any]
     tensors: Tensors
     models: tuple[Record, ...]
@@ -63,7 +64,7 @@ class Checkpoint:
         return self.tensors.under(MODEL)
 
 
-def open_checkpoint(path: Path, *, unsafe: bool = False, all_bytes: bool = False) -> Checkpoint:
+def open_checkpoint(path: AnyPath, *, unsafe: bool = False, all_bytes: bool = False) -> Checkpoint:
     """Open a checkpoint, a directory or a file, without processes; tensors are read when they are asked for.
 
     Args:
@@ -81,7 +82,11 @@ def open_checkpoint(path: Path, *, unsafe: bool = False, all_bytes: bool = False
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
     if all_bytes:
         manifest.check_file(path)
-    held = load_plain(path, unsafe=unsafe, mmap=True)
+    if isinstance(path, Path):
+        held = load_plain(path, unsafe=unsafe, mmap=True)
+    else:
+        with path.open("rb") as stream:
+            held = load_plain(stream, unsafe=unsafe, where=str(path))
     if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
         raise ValueError(f"{path} is not a checkpoint of Lightning: it has no `state_dict`.")
     values = {MODEL + name: value for name, value in held["state_dict"].items() if isinstance(value, Tensor)}
@@ -89,25 +94,20 @@ def open_checkpoint(path: Path, *, unsafe: bool = False, all_bytes: bool = False
     return Checkpoint(path, held, Tensors(shapes, values.__getitem__), tuple(held.get(RECORD, ())), None)
 
 
-def _directory(path: Path, unsafe: bool, all_bytes: bool) -> Checkpoint:
-    for name in (manifest.METADATA, manifest.REST):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} is not a complete checkpoint: it lacks `{name}`.")
-    found = Manifest.read(path)
+def _directory(path: AnyPath, unsafe: bool, all_bytes: bool) -> Checkpoint:
+    inside, found = contents_of(path)
     if found is not None:
-        found.check(path)
+        found.check(inside)
         if all_bytes:
-            found.check_bytes(path, found.files)
-    reader = Reader(path, unsafe)
+            found.check_bytes(inside, found.files)
+    reader = Reader(inside, unsafe)
     metadata = reader.read_metadata()
     if found is None:
-        manifest.check_lengths(path, metadata)
+        manifest.check_lengths(inside, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     stored = {n: at for n, at in metadata.state_dict_metadata.items() if isinstance(at, TensorStorageMetadata)}
     shapes = {n: torch.empty(at.size, dtype=at.properties.dtype, device="meta") for n, at in stored.items()}
-    rest = load_plain(path / manifest.REST, unsafe=unsafe)
-    if found is None and SAVE_ID in rest:
-        raise FileNotFoundError(f"{path} is not a complete checkpoint: it lacks `{manifest.NAME}`.")
+    rest = rest_of(inside, found, unsafe)
     tensors = Tensors(shapes, lambda name: _joined(reader, name, stored[name]))
     return Checkpoint(path, rest, tensors, () if found is None else tuple(found.models), found)
 

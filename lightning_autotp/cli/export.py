@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lightning_autotp.checkpoint.file_export import write_file
 from lightning_autotp.checkpoint.hf_export import SHARD_SIZE, chosen, total_bytes, write_model
 from lightning_autotp.checkpoint.hf_record import Record
+from lightning_autotp.checkpoint.places import place_of
 from lightning_autotp.checkpoint.tensors import Checkpoint, open_checkpoint
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -25,7 +26,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     options = _parser().parse_args(args)
     try:
         found = open_checkpoint(
-            Path(options.checkpoint), unsafe=options.unsafe_checkpoint_load, all_bytes=options.checksums
+            place_of(options.checkpoint), unsafe=options.unsafe_checkpoint_load, all_bytes=options.checksums
         )
         if options.format == "ckpt":
             _to_file(found, Path(options.out))
@@ -47,7 +48,8 @@ def _to_file(found: Checkpoint, out: Path) -> None:
 
 def _to_hugging_face(found: Checkpoint, options: argparse.Namespace) -> None:
     record = _given(options) if options.config else chosen(found.models, options.submodule, str(found.path))
-    beside = [found.path, found.path.parent] if found.path.is_dir() else [found.path.parent]
+    here = [found.path, found.path.parent] if found.path.is_dir() else [found.path.parent]
+    beside = [place for place in here if isinstance(place, Path)]
     folders = [Path(options.tokenizer)] if options.tokenizer else beside
     with _bar(total_bytes(record, found.model)) as progress:
         write_model(

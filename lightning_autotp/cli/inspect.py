@@ -4,23 +4,23 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_autotp.checkpoint.manifest import SAVE_ID
+from lightning_autotp.checkpoint.places import place_of
 from lightning_autotp.checkpoint.tensors import open_checkpoint
 
 
 def main(args: Optional[Sequence[str]] = None) -> int:
     """Run the subcommand; returns the exit status: 0 if the checkpoint is complete."""
     options = _parser().parse_args(args)
-    path = Path(options.checkpoint)
     try:
+        path = place_of(options.checkpoint)
         found = open_checkpoint(path, all_bytes=options.checksums)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 1
     said: dict[str, Any] = {

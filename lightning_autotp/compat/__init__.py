@@ -135,7 +135,8 @@ CPU_FLASH_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_att
 @contextmanager
 def without_record_checksums() -> Iterator[None]:
     """Inside, in this thread, ``torch.save`` computes no checksums, which ``torch.load`` does not look at."""
-    with serialization_config.patch("save.compute_crc32", False):
+    config: Any = serialization_config
+    with config.patch("save.compute_crc32", False):
         yield
 
 

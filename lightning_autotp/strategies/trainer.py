@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_autotp.compat import optimizers_to_device
 from lightning_autotp.config.switches import LossParallel, ProofMode
 from lightning_autotp.config.training_config import TPConfig, TPTrainingConfig
+from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import build_mesh
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.proof.prover import Look, Prover
@@ -38,6 +39,7 @@ from lightning_autotp.strategies.validation import (
     known_arguments,
     refuse_callbacks,
     refuse_links,
+    refuse_places,
 )
 from lightning_autotp.training.compile import compile_blocks
 from lightning_autotp.training.consistency import FirstLook
@@ -219,6 +221,7 @@ class AutoTPStrategy(CheckpointStrategy):
     def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
         if self.config.async_checkpoint:
             refuse_links(trainer)
+        raised_together(lambda: refuse_places(trainer))
         if self.tp_size > 1:
             refuse_callbacks(trainer)
             summarize_the_full_model(trainer, module, engine.sharded.plan)

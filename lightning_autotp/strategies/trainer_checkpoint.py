@@ -18,7 +18,8 @@ from lightning_autotp.checkpoint.distributed import load_directory, of_this_run
 from lightning_autotp.checkpoint.hf_record import models_in
 from lightning_autotp.checkpoint.host_copies import HostCopies
 from lightning_autotp.checkpoint.manifest import check_file
-from lightning_autotp.checkpoint.publish import not_saved, write_in_place
+from lightning_autotp.checkpoint.places import AnyPath, place_of
+from lightning_autotp.checkpoint.publish import not_saved, write_in_place, write_remotely
 from lightning_autotp.checkpoint.safe_load import load_with, plain
 from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, optimizer_names
@@ -109,9 +110,7 @@ class CheckpointStrategy(MeshStrategy):
         self, checkpoint: dict[str, Any], filepath: Union[str, Path], storage_options: Optional[Any] = None
     ) -> None:
         self._background.wait()
-        path = Path(self.broadcast(filepath))
-        if "://" in str(filepath):
-            raise ValueError(f"{filepath}: checkpoints are written to file systems that this machine has mounted.")
+        path = self._place_of(filepath)
         if self._mesh is None and not dist.is_initialized() and not self.is_global_zero:
             return  # before any run processes do not know each other, and the first one has all
         placement = self._placement
@@ -125,8 +124,14 @@ class CheckpointStrategy(MeshStrategy):
         else:
             write(Processes())
 
+    def _place_of(self, path: Union[str, Path]) -> AnyPath:
+        """The place that the first process means."""
+        processes = Processes()
+        shared = processes.first(path)
+        return processes.raised_together(lambda: place_of(shared))
+
     def _prepare_directory(
-        self, checkpoint: dict[str, Any], path: Path, placement: Placement, options: Optional[Any], beside: bool
+        self, checkpoint: dict[str, Any], path: AnyPath, placement: Placement, options: Optional[Any], beside: bool
     ) -> Write:
         if options is not None:
             raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
@@ -135,7 +140,7 @@ class CheckpointStrategy(MeshStrategy):
         return prepare_directory(still, names, placement, path, models_in(self._module))
 
     def _prepare_file(
-        self, checkpoint: dict[str, Any], path: Path, placement: Placement, options: Optional[Any], beside: bool
+        self, checkpoint: dict[str, Any], path: AnyPath, placement: Placement, options: Optional[Any], beside: bool
     ) -> Write:
         if self.broadcast(path.is_dir()):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
@@ -150,11 +155,13 @@ class CheckpointStrategy(MeshStrategy):
         work = partial(self._write, full, path, options) if self.is_global_zero else _nothing
         return lambda processes: processes.raised_together(work, partial(not_saved, path))
 
-    def _write(self, full: dict[str, Any], path: Path, storage_options: Optional[Any]) -> None:
-        if type(self.checkpoint_io) is TorchCheckpointIO and storage_options is None:
+    def _write(self, full: dict[str, Any], path: AnyPath, storage_options: Optional[Any]) -> None:
+        if type(self.checkpoint_io) is not TorchCheckpointIO or storage_options is not None:
+            self.checkpoint_io.save_checkpoint(full, _for_lightning(path), storage_options=storage_options)
+        elif isinstance(path, Path):
             write_in_place(path, partial(torch.save, full))
         else:
-            self.checkpoint_io.save_checkpoint(full, path, storage_options=storage_options)
+            write_remotely(path, partial(torch.save, full))
 
     @override
     def remove_checkpoint(self, filepath: Union[str, Path]) -> None:
@@ -194,7 +201,7 @@ class CheckpointStrategy(MeshStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
         self._background.wait()
-        path = Path(self.broadcast(checkpoint_path))
+        path = self._place_of(checkpoint_path)
         self._shard_for_this_run()
         fitting = self._module.trainer.state.fn == TrainerFn.FITTING
         unsafe = self.config.unsafe_checkpoint_load if weights_only is None else not weights_only
@@ -209,12 +216,17 @@ class CheckpointStrategy(MeshStrategy):
             found["optimizer_states"] = of_this_run(found["optimizer_states"], self._optimizer_names(), self._placement)
         return found
 
-    def _read(self, path: Path, unsafe: bool) -> dict[str, Any]:
+    def _read(self, path: AnyPath, unsafe: bool) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"there is no checkpoint at {path}.")
         if self.config.verify_checksums and self.is_global_zero:
             check_file(path)
-        return load_with(partial(self.checkpoint_io.load_checkpoint, path, weights_only=not unsafe), str(path))
+        load = partial(self.checkpoint_io.load_checkpoint, _for_lightning(path), weights_only=not unsafe)
+        return load_with(load, str(path))
+
+
+def _for_lightning(path: AnyPath) -> Union[str, Path]:
+    return path if isinstance(path, Path) else str(path)
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_autotp.checkpoint.places import try_to_write
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.specs.layer_spec import nearest
 
@@ -43,6 +44,18 @@ def refuse_links(trainer: Trainer) -> None:
                 "async_checkpoint: ModelCheckpoint(save_last='link') makes a link before there is what it links to;"
                 " write save_last=True."
             )
+
+
+def refuse_places(trainer: Trainer) -> None:
+    """Refuse remote directories that checkpoints could not be written to, before there is one to write.
+
+    Raises:
+        ValueError: with the directory and the reason.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        directory = getattr(callback, "dirpath", None)
+        if directory is not None:
+            try_to_write(directory, trainer.world_size)
 
 
 def known_arguments(ours: Iterable[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader
 
 from lightning_autotp.checkpoint import safe_load
 from lightning_autotp.checkpoint.distributed import read_into
-from lightning_autotp.checkpoint.safe_load import Reader, RefusedError
+from lightning_autotp.checkpoint.manifest import Manifest
+from lightning_autotp.checkpoint.safe_load import DamagedError, Reader, RefusedError
+from lightning_autotp.checkpoint.tensors import open_checkpoint
 from tests.helpers.checkpoints import Scheduled
 from tests.helpers.small_nets import Rows, everyones, plugin_of, strategy, trainer
 
@@ -182,6 +184,13 @@ def test_a_path_that_leaves_the_directory_is_refused(relative: str, tmp_path: Pa
     change(path, lambda found: setattr(first_shard(found)[1], "relative_path", relative))
     with pytest.raises(RefusedError, match="names a file outside of its directory"):
         Reader(path).read_metadata()
+
+
+@pytest.mark.parametrize("folder", ["..", "../elsewhere", "/etc", "a/b"])
+def test_a_manifest_that_leaves_the_directory_is_refused(folder: str, tmp_path: Path) -> None:
+    Manifest("id", {}, folder=folder).write(tmp_path)
+    with pytest.raises(DamagedError, match="it names files outside of the directory"):
+        open_checkpoint(tmp_path)
 
 
 @dataclass

@@ -113,7 +113,7 @@ def finetuned(
     if save is not None:
         run.save_checkpoint(save)
     names = optimizer_names(model, run.optimizers[0])
-    state = {"state_dict": model.state_dict(), "optimizer_states": [run.optimizers[0].state_dict()]}
+    state: dict[str, Any] = {"state_dict": model.state_dict(), "optimizer_states": [run.optimizers[0].state_dict()]}
     if size is not None:
         state = full_checkpoint(state, [names], plugin_of(model)._placement)
     optimizer = state["optimizer_states"][0]

@@ -63,7 +63,7 @@ def without_space() -> Iterator[None]:
         ("space", (0, 1), False, True),
     ],
 )
-@pytest.mark.ranks(2, timeout=40)
+@pytest.mark.ranks(2, timeout=120)
 def test_every_rank_hears_why_a_save_was_not_made_and_what_stands(
     why: str, ranks: tuple[int, ...], directory: bool, before: bool, tmp_path: Path
 ) -> None:
