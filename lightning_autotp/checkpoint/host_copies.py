@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _Key = tuple[Any, ...]
 
@@ -65,7 +65,7 @@ class HostCopies:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        if value.layout is torch.strided and value.device.type != "meta":
+        if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
             yield value
     elif isinstance(value, dict):
         for of_key in value.values():

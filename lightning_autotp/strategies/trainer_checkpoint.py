@@ -209,6 +209,7 @@ class CheckpointStrategy(MeshStrategy):
             all_bytes = self.config.verify_checksums
             found = load_directory(path, self._placement, optimizers=fitting, unsafe=unsafe, all_bytes=all_bytes)
         else:
+            raised_together(lambda: self._check_file(path))
             full = raised_together(lambda: self._read(path, unsafe))
             state = {name: self._placement.cut(name, value) for name, value in full.get("state_dict", {}).items()}
             found = {**full, "state_dict": state}
@@ -216,11 +217,13 @@ class CheckpointStrategy(MeshStrategy):
             found["optimizer_states"] = of_this_run(found["optimizer_states"], self._optimizer_names(), self._placement)
         return found
 
-    def _read(self, path: AnyPath, unsafe: bool) -> dict[str, Any]:
+    def _check_file(self, path: AnyPath) -> None:
         if not path.exists():
             raise FileNotFoundError(f"there is no checkpoint at {path}.")
         if self.config.verify_checksums and self.is_global_zero:
             check_file(path)
+
+    def _read(self, path: AnyPath, unsafe: bool) -> dict[str, Any]:
         load = partial(self.checkpoint_io.load_checkpoint, _for_lightning(path), weights_only=not unsafe)
         return load_with(load, str(path))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -41,7 +42,7 @@ WIDTH = 2048
 
 def layers_for(total: float) -> int:
     """How many layers of two matrices ``[4 x WIDTH, WIDTH]``, thrice, make ``total`` bytes over all ranks."""
-    return max(1, round(total / (3 * 2 * 4 * WIDTH * WIDTH * 4)))
+    return max(1, math.ceil(total / (3 * 2 * 4 * WIDTH * WIDTH * 4)))
 
 
 def make(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[list[str]], Placement]:
@@ -76,16 +77,16 @@ def plain(checkpoint: dict[str, Any], rank: int) -> dict[str, Tensor]:
     return flat
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the slowest rank."""
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds of the slowest rank, and those that the ranks' CPUs were at it, all threads together."""
     dist.barrier()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = [0.0] * dist.get_world_size()
-    dist.all_gather_object(seconds, time.perf_counter() - start)
-    return max(seconds)
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (time.perf_counter() - start, time.process_time() - busy))
+    return max(seconds for seconds, _ in everyones), sum(busy for _, busy in everyones)
 
 
 def worker(rank: int, options: argparse.Namespace, port: int) -> None:
@@ -103,7 +104,7 @@ def worker(rank: int, options: argparse.Namespace, port: int) -> None:
     folder = Path(options.directory)
     ours, theirs = folder / "ours", folder / "dcp"
     background, copies = Background(), HostCopies()
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
 
     def note(what: str, work: Callable[[], Any]) -> None:
         found.setdefault(what, []).append(timed(work, device))
@@ -142,27 +143,31 @@ def worker(rank: int, options: argparse.Namespace, port: int) -> None:
         fresh()
         note("pause", pause)
         note("the rest, in the background", background.wait)
-    first = {what: seconds.pop(0) for what, seconds in found.items()}  # not counted: caches, and memory to be had
+    first = {what: times.pop(0)[0] for what, times in found.items()}  # not counted: caches, and memory to be had
     if rank == 0:
-        medians = {what: statistics.median(seconds) for what, seconds in found.items()}
-        print(
-            json.dumps(
-                {
-                    "bytes a rank": total,
-                    "ranks": options.ranks,
-                    "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {device.type}",
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "seconds": {what: round(value, 3) for what, value in medians.items()},
-                    "all": {what: [round(value, 3) for value in seconds] for what, seconds in found.items()},
-                    "save / DCP": round(medians["save"] / medians["save, DCP"], 3),
-                    "load / DCP": round(medians["load"] / medians["load, DCP"], 3),
-                    "pause / save": round(medians["pause"] / medians["save"], 3),
-                    "first pause / save": round(first["pause"] / medians["save"], 3),
-                },
-                indent=1,
-            )
-        )
+        seconds = {what: [round(wall, 3) for wall, _ in times] for what, times in found.items()}
+        medians = {what: statistics.median(wall) for what, wall in seconds.items()}
+        busy = {what: round(statistics.median(cpu for _, cpu in times), 3) for what, times in found.items()}
+
+        def ratios(of: Callable[[str], float]) -> dict[str, float]:
+            pairs = (("save", "save, DCP"), ("load", "load, DCP"), ("pause", "save"))
+            return {f"{one} / {other}": round(of(one) / of(other), 3) for one, other in pairs}
+
+        said = {
+            "gigabytes": round(total * options.ranks / 1e9, 3),
+            "ranks": options.ranks,
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {'cuda' if options.cuda else 'cpu'}",
+            "busy with": os.getloadavg(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "seconds": seconds,
+            "ratios of medians": ratios(medians.__getitem__),
+            "ratios of the fastest": ratios(lambda what: min(seconds[what])),
+            "CPU seconds": busy,
+            "ratios of CPU seconds": ratios(busy.__getitem__),
+            "first pause": round(first["pause"], 3),
+        }
+        print(json.dumps(said, indent=1))
     dist.destroy_process_group()
 
 

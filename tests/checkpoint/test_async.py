@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_autotp.checkpoint.host_copies import HostCopies
+from lightning_autotp.checkpoint.manifest import Manifest
 from lightning_autotp.checkpoint.tensors import open_checkpoint
-from tests.helpers.checkpoints import Scheduled
+from tests.helpers.checkpoints import Scheduled, trained
+from tests.helpers.rank_pool import RankFailure, run_ranks
 from tests.helpers.small_nets import everyones, full_weights, plugin_of, strategy, trainer
 
 
@@ -187,6 +192,27 @@ def test_a_checkpoint_is_removed_only_when_the_one_in_its_place_stands(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["step=8.ckpt"]
     assert everything(tmp_path / "step=8.ckpt")["rest.global_step"] == 8
     everyones(None)
+
+
+def dies_while_it_writes(path: Path) -> None:
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(Manifest, "write", die)
+        saves = Saves(path, {1: "save", 4: lambda: time.sleep(20)})
+        trainer(strategy(2, async_checkpoint=True), callbacks=[saves]).fit(Scheduled())
+
+
+def test_a_process_that_dies_while_it_writes_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    run_ranks(2, trained, 2, 1, None, tmp_path / "step1")
+    with pytest.raises(RankFailure, match="rank 0 died"):
+        run_ranks(2, dies_while_it_writes, tmp_path)
+    assert everything(tmp_path / "step1")["rest.global_step"] == 4
+    run_ranks(2, trained, 2, 2, tmp_path / "step1", tmp_path / "step1")
+    assert everything(tmp_path / "step1")["rest.global_step"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
 
 
 @pytest.mark.ranks(1)
