@@ -24,17 +24,19 @@ class Background:
         self._processes: Optional[Processes] = None
         self._saving: Optional[Future[None]] = None
 
-    def start(self, write: Write, timeout: Optional[timedelta] = None) -> None:
-        """Have ``write`` called; the last one must have been waited for.
+    def open(self, timeout: Optional[timedelta] = None) -> None:
+        """Make the group, unless there is one: not where training would wait for it.
 
         Args:
-            write: what a ``prepare_...`` has returned.
             timeout: how long processes may wait for each other.
         """
         if self._processes is None:
             self._processes = Processes(dist.new_group(backend="gloo", timeout=timeout))
-        if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="autotp-checkpoint")  # Python waits for it at exit
+
+    def start(self, write: Write) -> None:
+        """Have ``write``, which a ``prepare_...`` has returned, called; the last one must have been waited for."""
+        assert self._processes is not None and self._pool is not None
         self._saving = self._pool.submit(write, self._processes)
 
     @property

@@ -120,7 +120,7 @@ class CheckpointStrategy(MeshStrategy):
         prepare = self._prepare_directory if self._save_distributed_checkpoint else self._prepare_file
         write = prepare(checkpoint, path, placement, storage_options, beside)
         if beside:
-            self._background.start(write, self._timeout)
+            self._background.start(write)
         else:
             write(Processes())
 
@@ -174,6 +174,8 @@ class CheckpointStrategy(MeshStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._trains = True
+        if self.config.async_checkpoint:
+            self._background.open(self._timeout)
 
     @override
     def on_train_end(self) -> None:

@@ -104,6 +104,7 @@ def worker(rank: int, options: argparse.Namespace, port: int) -> None:
     folder = Path(options.directory)
     ours, theirs = folder / "ours", folder / "dcp"
     background, copies = Background(), HostCopies()
+    background.open()
     found: dict[str, list[tuple[float, float]]] = {}
 
     def note(what: str, work: Callable[[], Any]) -> None:
