@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from lightning_autotp.checkpoint.checksums import Checksum
 from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.publish import synchronize
 from lightning_autotp.checkpoint.safe_load import DamagedError, load_plain
@@ -24,7 +25,7 @@ METADATA, REST = ".metadata", "meta.pt"
 SAVE_ID = "autotp_save_id"
 """An entry of the file with the rest: a directory that has it has a manifest, too."""
 
-_FORMAT = 1
+_FORMAT = 2
 _SEAL = b"autotp-save:"
 _SEALED = len(_SEAL) + 32
 _FIX = "Load another checkpoint, or copy this one again from where it was complete."
@@ -32,10 +33,10 @@ _FIX = "Load another checkpoint, or copy this one again from where it was comple
 
 @dataclass(frozen=True)
 class Written:
-    """A file as it was written: its length, and the CRC-32 of its bytes."""
+    """A file as it was written: its length, and its :class:`~lightning_autotp.checkpoint.checksums.Checksum`."""
 
     size: int
-    crc32: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Manifest:
             crc = said.pop("crc32")
             if crc != _crc_of(said):
                 raise ValueError("its checksum is another")
+            if said["format"] != _FORMAT:
+                raise ValueError(f"its format is {said['format']}, and this version knows {_FORMAT}")
             files = {name: Written(**written) for name, written in said["files"].items()}
             folder = said.get("folder", "")
             if any(Path(name).name != name or name == ".." for name in [*files, folder]):
@@ -128,7 +131,7 @@ class Manifest:
             DamagedError: if one has other bytes than were written.
         """
         for name in names:
-            if crc_of_file(directory / name) != self.files[name].crc32:
+            if finished(directory / name) != self.files[name]:
                 raise DamagedError(
                     f"{directory}: {name} does not have the bytes that were written: it is damaged, or of another save."
                     f" {_FIX}"
@@ -181,16 +184,11 @@ def seal_of(path: AnyPath) -> str:
 
 def finished(path: AnyPath) -> Written:
     """The size and checksum of a file that is complete."""
-    return Written(path.stat().st_size, crc_of_file(path))
-
-
-def crc_of_file(path: AnyPath) -> int:
-    """The CRC-32 of a file's bytes."""
-    crc = 0
+    checksum = Checksum()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
+            checksum.update(block)
+    return Written(checksum.size, checksum.value())
 
 
 def check_file(path: AnyPath) -> None:

@@ -2,9 +2,7 @@
 
 import io
 import os
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -12,10 +10,9 @@ from typing import IO, Any
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
+from lightning_autotp.checkpoint.checksums import Checksum
 from lightning_autotp.checkpoint.manifest import Written, seal_for
 from lightning_autotp.checkpoint.places import AnyPath, Files
-
-_SMALL = 1 << 16
 
 
 class ShardWriter(FileSystemWriter):
@@ -50,36 +47,24 @@ class _SealedFiles(Files):
             if path.suffix != DEFAULT_SUFFIX or mode != "wb":
                 yield stream
                 return
-            with ThreadPoolExecutor(1) as beside:
-                sealing = _Sealing(stream, beside)
-                yield sealing
-                self._written[path.name] = sealing.seal(self._save_id, synchronize=isinstance(path, Path))
+            sealing = _Sealing(stream)
+            yield sealing
+            self._written[path.name] = sealing.seal(self._save_id, synchronize=isinstance(path, Path))
 
 
 class _Sealing(io.RawIOBase):
     """A stream that counts and sums up what goes through it."""
 
-    def __init__(self, stream: IO[bytes], beside: ThreadPoolExecutor) -> None:
+    def __init__(self, stream: IO[bytes]) -> None:
         super().__init__()
-        self._stream, self._beside = stream, beside
-        self._size = self._crc = 0
+        self._stream, self._checksum = stream, Checksum()
 
     def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        if size < _SMALL:
-            self._crc = zlib.crc32(data, self._crc)
-            self._stream.write(data)
-        else:  # the sum is computed while the system copies
-            crc = self._beside.submit(zlib.crc32, data, self._crc)
-            try:
-                self._stream.write(data)
-            finally:
-                self._crc = crc.result()
-        self._size += size
-        return size
+        self._checksum.update(data)
+        return self._stream.write(data)
 
     def tell(self) -> int:
-        return self._size
+        return self._checksum.size
 
     def writable(self) -> bool:
         return True
@@ -95,4 +80,4 @@ class _Sealing(io.RawIOBase):
         self._stream.flush()
         if synchronize:
             os.fsync(self._stream.fileno())
-        return Written(self._size, self._crc)
+        return Written(self._checksum.size, self._checksum.value())

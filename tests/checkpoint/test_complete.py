@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from lightning_autotp.checkpoint import publish, saving, shard_files
+from lightning_autotp.checkpoint.checksums import Checksum
 from lightning_autotp.checkpoint.manifest import Manifest
 from lightning_autotp.checkpoint.publish import beside, exchange, put_in_place, remove_leftovers, write_in_place
 from lightning_autotp.checkpoint.tensors import open_checkpoint
@@ -239,7 +241,30 @@ def test_a_hundred_kills_leave_whole_checkpoints(point: str, again: int, tmp_pat
     check_kill(tmp_path, point, True)
 
 
-# ---- names
+# ---- names and checksums
+
+
+def checksum(data: bytes, pieces: int = 1) -> int:
+    found = Checksum()
+    size = -(-len(data) // pieces) or 1
+    for start in range(0, len(data), size):
+        found.update(data[start : start + size])
+    assert found.size == len(data)
+    return found.value()
+
+
+def test_a_checksum_knows_each_bit_and_the_order_of_blocks_and_not_how_they_were_written() -> None:
+    draw = random.Random(0)
+    for size in (0, 1, 7, 8, 1000, 1 << 16, (1 << 16) + 1, (1 << 20) + 12345, 3 << 20):
+        data = bytearray(draw.randbytes(size))
+        want = checksum(bytes(data))
+        assert all(checksum(bytes(data), pieces) == want for pieces in (2, 3, 17, 1000))
+        for at in {0, size // 3, size // 2, size - 1} if size else ():
+            changed = bytearray(data)
+            changed[at] ^= 1 << draw.randrange(8)
+            assert checksum(bytes(changed)) != want
+    blocks = [draw.randbytes(1 << 16) for _ in range(3)]
+    assert checksum(b"".join(blocks)) != checksum(b"".join(blocks[::-1]))
 
 
 def directory_of(path: Path, text: str) -> Path:
