@@ -202,10 +202,8 @@ class AutoTPStrategy(CheckpointStrategy):
 
     def _shard(self, trainer: Trainer, module: LightningModule, fitting: bool) -> Engine:
         """Shard and compile the module, unless an earlier run has done it."""
-        look, is_new = (
-            FirstLook(self.mesh, self.config.check_agreement, self.config.check_every_n_steps),
-            sharded(module) is None,
-        )
+        look = FirstLook(self.mesh, self.config.check_agreement, self.config.check_every_n_steps)
+        is_new = sharded(module) is None
         plan = plan_once(module, self.config, self.mesh, lambda: sample_of(module, trainer, self._sample_batch))
         if is_new and self.tp_size > 1 and self.is_global_zero:
             print_plan(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +9,8 @@ from math import prod
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.derive import Derived, derive
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof.step import loss_of_batch, loss_step
+from lightning_autotp.proof.prover import Look
+from lightning_autotp.proof.step import loss_of_batch
 from tests.derivation.models.frame import Model
 from tests.helpers.truth import Trial, error_of, unsharded
 
@@ -39,7 +39,8 @@ def judged(model: Model, size: int) -> Judged:
     """Derive a plan of ``model`` for ``size`` ranks and train with it."""
     built, config = model.build(), TPTrainingConfig(autotp_size=size)
     begun = time.perf_counter()
-    found = derive(built, copy.deepcopy(built), loss_step(loss_of_batch, model.batch(PROOF_SEED)), config, size)
+    look = Look("training", (model.batch(PROOF_SEED),), call=loss_of_batch)
+    found = derive(built, look, config, size)
     seconds = time.perf_counter() - begun
     trial = Trial(built, found.plan, config, [model.batch(seed) for seed in (5, 6, 7)])
     error = error_of(trial, unsharded(trial))
