@@ -31,6 +31,8 @@ WIDTH, HIDDEN, BLOCKS = 8, 12, 6
 class Block(nn.Module):
     """A residual block of which everything can be changed."""
 
+    scale: Tensor
+
     def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.norm: nn.Module = nn.LayerNorm(WIDTH)
@@ -81,7 +83,7 @@ def by_settings(settings: Settings) -> Callable[[Tensor], Tensor]:
     return lambda x: x.cumsum(-1) if settings.mixes else x.relu()
 
 
-Change = Callable[[nn.Sequential, int], None]
+Change = Callable[[nn.Sequential, int], Any]
 
 
 def put(**attributes: Any) -> Change:
@@ -102,7 +104,8 @@ def another(make: Callable[[], nn.Module]) -> Change:
 
 
 def hooked(net: nn.Sequential, at: int) -> None:
-    net[at].up.register_forward_hook(lambda module, args, output: output - output.mean(-1, keepdim=True))
+    block: Any = net[at]
+    block.up.register_forward_hook(lambda module, args, output: output - output.mean(-1, keepdim=True))
 
 
 def replaced(net: nn.Sequential, at: int) -> None:
@@ -158,7 +161,7 @@ def whole_and_short(
     model: nn.Module, plan: ShardingPlan, config: TPTrainingConfig, step: Callable[[nn.Module], Tensor]
 ) -> tuple[Verdict, Verdict | None]:
     """The verdict of a model with all blocks, and with fewer; None if there are none to leave out."""
-    with dataflow_proof._as_traced():
+    with dataflow_proof.as_traced():
         whole = dataflow_proof._proved(model, plan, config, step, True)
         return whole, dataflow_proof._shortened(model, plan, config, step, True)
 
