@@ -76,12 +76,20 @@ def _shortened(
         if not left_out:
             return None
         try:
-            return _proved(model, restricted(plan, model), switches, call, backward)
+            return _proved(model, restricted(plan, model), switches, call, backward, shortened=True)
         except Exception:
             return None
 
 
-def _proved(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, call: Step, backward: bool) -> Verdict:
+def _proved(
+    model: nn.Module,
+    plan: ShardingPlan,
+    switches: TPTrainingConfig,
+    call: Step,
+    backward: bool,
+    *,
+    shortened: bool = False,
+) -> Verdict:
     kinds = _kinds_of_ranks(plan)
     ranks = [_sharded(model, plan, switches, kinds.index(kind)) for kind in range(max(kinds) + 1)]
     marked = marked_modules(ranks[0], plan)
@@ -89,8 +97,8 @@ def _proved(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, ca
     trace = _traced(full, plan, marked, call, backward, full=True)
     runs = [_traced(rank, plan, marked, call, backward, full=False) for rank in ranks]
     if trace.error is not None:
-        failed = [run for run in runs if run.error is not None] if plan.sequence is not None else []
-        if not failed:
+        failed = [run for run in runs if run.error is not None]
+        if not failed or shortened or plan.sequence is None:
             raise trace.error
         # the full model was given tokens in a way that suits it no more than the ranks
         said = f"a rank cannot run the step: {type(failed[0].error).__name__}: {failed[0].error}"

@@ -77,7 +77,7 @@ def restricted(plan: ShardingPlan, model: nn.Module) -> ShardingPlan:
     return replace(
         plan,
         parameters={name: entry for name, entry in plan.parameters.items() if name in names},
-        siblings=tuple(group for group in plan.siblings if modules.issuperset(group)),
+        siblings=tuple(filter(None, (tuple(filter(modules.__contains__, group)) for group in plan.siblings))),
         attributes=tuple(attribute for attribute in plan.attributes if attribute.module in modules),
         boundaries=tuple(boundary for boundary in plan.boundaries if boundary.module in modules),
         head_inputs=tuple(given for given in plan.head_inputs if given.module in modules),

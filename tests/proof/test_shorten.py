@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.model_sources.hf import causal_types
-from lightning_autotp.model_sources.small import NOT_RUNNABLE, SWEEP
+from lightning_autotp.model_sources.small import NOT_RUNNABLE, SWEEP, small_config, small_model
 from lightning_autotp.plans.plan import ShardingPlan
-from lightning_autotp.proof import dataflow_proof
+from lightning_autotp.proof import dataflow_proof, prover
 from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.shorten import fewer_blocks
+from lightning_autotp.proof.step import loss_of_batch
 from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.meta_models import deep_configs, meta_copy, small_step
@@ -31,8 +32,6 @@ WIDTH, HIDDEN, BLOCKS = 8, 12, 6
 class Block(nn.Module):
     """A residual block of which everything can be changed."""
 
-    scale: Tensor
-
     def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.norm: nn.Module = nn.LayerNorm(WIDTH)
@@ -40,13 +39,12 @@ class Block(nn.Module):
         self.act: Callable[[Tensor], Tensor] = F.gelu
         self.groups = 2
         self.inner: nn.Module = nn.Identity()
-        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.between(x)
 
     def between(self, x: Tensor) -> Tensor:
-        hidden = self.inner(self.act(self.up(self.norm(x))) * self.scale)
+        hidden = self.inner(self.act(self.up(self.norm(x))))
         out: Tensor = self.down(hidden.unflatten(-1, (-1, self.groups)).flatten(-2))
         return out
 
@@ -83,7 +81,7 @@ def by_settings(settings: Settings) -> Callable[[Tensor], Tensor]:
     return lambda x: x.cumsum(-1) if settings.mixes else x.relu()
 
 
-Change = Callable[[nn.Sequential, int], Any]
+Change = Callable[[nn.Sequential, int], object]
 
 
 def put(**attributes: Any) -> Change:
@@ -106,6 +104,10 @@ def another(make: Callable[[], nn.Module]) -> Change:
 def hooked(net: nn.Sequential, at: int) -> None:
     block: Any = net[at]
     block.up.register_forward_hook(lambda module, args, output: output - output.mean(-1, keepdim=True))
+
+
+def frozen(net: nn.Sequential, at: int) -> None:
+    net[at].requires_grad_(False)
 
 
 def replaced(net: nn.Sequential, at: int) -> None:
@@ -149,11 +151,11 @@ WRONG: dict[str, Change] = {
 }
 
 RIGHT: dict[str, Change] = {
-    "nothing": lambda net, at: None,
+    "nothing": put(),
     "another width": another(lambda: Block(20)),
     "another activation": put(act=torch.tanh),
     "no norm": put(norm=nn.Identity()),
-    "a frozen layer": lambda net, at: net[at].up.requires_grad_(False),
+    "a frozen layer": frozen,
 }
 
 
@@ -240,6 +242,51 @@ def test_a_sequence_whose_blocks_have_names_keeps_them() -> None:
     with fewer_blocks(model, plan) as done:
         assert not done
     assert prove_flow(model, plan, config, loss).kind == "proved"
+
+
+class Indexed(nn.Module):
+    """Calls a block by its place, which is gone where there are fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.blocks[BLOCKS - 1](self.blocks[0](x))
+        return out
+
+
+def test_what_does_not_run_with_fewer_blocks_is_proved_with_all() -> None:
+    model = meta_copy(Indexed()).train()
+    config = TPTrainingConfig(autotp_size=2, partition_config=RULES)
+    plan = make_plan(model, config, 2)
+    with fewer_blocks(model, plan) as done:
+        assert done == {"blocks": (BLOCKS, 2)}
+    assert prove_flow(model, plan, config, loss).kind == "proved"
+
+
+def test_what_ranks_refuse_under_sequence_parallelism_is_said_of_all_blocks() -> None:
+    model, plan, config, step = small_step("gemma3n_text", 2, sequence_parallel=True)
+    verdict = prove_flow(model, plan, config, step)
+    assert verdict.kind == "refuted"
+    assert "leave it off for this model" in str(verdict)
+
+
+@pytest.mark.parametrize("largest", [0.6, 0.0], ids=["by values", "by dataflow"])
+def test_fewer_blocks_under_sequence_parallelism_are_proved(largest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    with deep_configs(BLOCKS):
+        model = small_model(small_config("llama")).train()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(prover, "LARGEST", largest * size)
+    config = TPTrainingConfig.load({"sequence_parallel": True})
+    made = prover.Prover(model, make_plan(model, config, 2), config)
+    made.sharded(model)
+    assert made._kept is not None and made._kept.meta is not None
+    assert (made._kept.values is None) == (largest == 0.0)
+    tokens = torch.arange(36).view(3, 12)
+    look = prover.Look("training", ({"input_ids": tokens, "labels": tokens},), call=loss_of_batch)
+    found = made.prove(model, look)
+    assert found.verdict.kind == "proved", found.verdict
 
 
 @pytest.mark.long
