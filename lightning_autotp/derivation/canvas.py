@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_autotp.derivation.atoms import Atoms, Ids
-from lightning_autotp.derivation.operators import VIEWS, narrowed
+from lightning_autotp.derivation.labels import narrowed
+from lightning_autotp.derivation.operators import VIEWS
 
 LABELS = "_autotp_labels"
 """Attribute of a tensor: its atoms."""

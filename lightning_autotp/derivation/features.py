@@ -16,6 +16,8 @@ from lightning_autotp.derivation.trace import Tracer
 
 _MOST_RUNS = 60
 
+_CONTRACTS = "(contracts)"
+
 
 @dataclass(frozen=True)
 class Features:
@@ -139,14 +141,16 @@ class Component:
 
 
 def components(features: Features) -> list[Component]:
-    """The components of a model, in the order of their first linears."""
+    """The components of a model, in the order of their first linears; what one linear contracts is in one."""
     own = {
         path: np.where(features.levels(path) == OWN, classes, -1)
         for path, classes in features.columns.items()
         if features.own(path)
     }
+    rows = {f"{path} {_CONTRACTS}": classes for path, classes in features.rows.items()}
+    groups = ([path for path in group if path in own] for group in _groups(own | rows))
     found = []
-    for paths in _groups(own):
+    for paths in filter(None, groups):
         classes = {int(one) for path in paths for one in own[path] if one >= 0}
         classes |= _behind(features, classes)
 

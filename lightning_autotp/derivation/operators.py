@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_autotp.dataflow.event import bound
-from lightning_autotp.dataflow.view_dims import groups
 from lightning_autotp.derivation.atoms import Atoms, Ids
+from lightning_autotp.derivation.labels import alike, narrowed, viewed
 
 Labelled = tuple[Optional[Ids], Tensor]
 
@@ -36,13 +36,16 @@ _OVER_DIMS = (
 )
 """Operators that mix what lies along some dims."""
 
+_BY_CHANNEL = (
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "max_pool2d_with_indices"),
+)
+"""Operators that mix what lies along all dims but those of rows and channels."""
+
 _PICKS = ("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow")
 
 FILLS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 """Operators whose results are one number."""
-
-FILLED = "_autotp_filled"
-"""Attribute of a tensor that one of these made: any part of it is like any other."""
 
 VIEWS = (*_RESHAPES, "slice", "select", "narrow", "transpose", "t", "permute", "expand", "alias", "detach")
 """Operators that give one view of a tensor."""
@@ -77,6 +80,8 @@ def resulting_labels(
         return call.mixed()
     if rule in _PICKS:
         return call.picked()
+    if rule in _BY_CHANNEL:
+        return call.by_channel()
     if rule in FILLS:
         return call.same_for_all(call.labels(call.x) if rule.endswith("_like") else None)
     method = getattr(call, f"do_{rule.strip('_')}", None)
@@ -185,6 +190,16 @@ class _Call:
                 self.atoms.mark(one, hash((self.sign if len(picks) > 1 else str(pick), at)))
         return [narrowed(one) for one in found]
 
+    def do_glu(self) -> list[Optional[Ids]]:
+        """One half times a function of the other."""
+        ids, d = self.labels(self.x), self.dim(default=-1)
+        if ids.shape[d] == 1:
+            return [ids]
+        halves = np.split(ids, 2, d)
+        for at, half in enumerate(halves):
+            self.atoms.mark(half, hash((self.sign, at)))
+        return [narrowed(self.atoms.meet(*halves))]
+
     def do_cat(self) -> list[Optional[Ids]]:
         tensors = [t for t in self.given["tensors"] if t.numel()]
         out = self.outs[0]
@@ -236,6 +251,25 @@ class _Call:
         return [ids, ids, ids][: len(self.outs)]
 
     do_fused_rms_norm = do_native_layer_norm
+
+    def do_native_group_norm(self) -> Optional[list[Optional[Ids]]]:
+        """Channels of a group are on one rank, with the weights of each."""
+        ids = self.labels(self.x)
+        if ids is None or any(n > 1 for n in ids.shape[2:]):
+            return None
+        channels = np.broadcast_to(ids, (*ids.shape[:1], self.x.shape[1], *ids.shape[2:])).reshape(len(ids), -1)
+        self.atoms.along(channels.reshape(len(ids), self.given["group"], -1), 2)
+        for name in ("weight", "bias"):
+            held = self.given[name]
+            if held is not None and self.labels(held) is not None:
+                channels = self.atoms.meet(channels, self.labels(held)[None])
+        return [channels.reshape(*channels.shape, *(1,) * (self.x.ndim - 2)), None, None]
+
+    def by_channel(self) -> list[Optional[Ids]]:
+        ids = self.labels(self.x)
+        for d in range(2, self.x.ndim):
+            ids = self.atoms.along(ids, d)
+        return self.same_for_all(ids)
 
     def do_tril(self) -> Optional[list[Optional[Ids]]]:
         ids = self.labels(self.x)
@@ -348,29 +382,3 @@ class _Call:
                 if ids.shape[d] > 1 and not alike(other, d):
                     ids = self.atoms.along(ids, d)
         return np.take(ids, 0, n - 1)
-
-
-def alike(t: Tensor, dim: int) -> bool:
-    """Whether a tensor is the same along ``dim`` by how it was made."""
-    if t.shape[dim] == 1 or t.stride(dim) == 0:
-        return True
-    return getattr(t, FILLED, False) and bool((t == t.flatten()[0]).all())  # it may have been written to
-
-
-def narrowed(ids: Ids) -> Ids:
-    """Labels with dims along which they do not differ as dims of size 1."""
-    for d in range(ids.ndim):
-        if ids.shape[d] > 1:
-            first = np.take(ids, [0], d)
-            if (ids == first).all():
-                ids = first
-    return ids
-
-
-def viewed(ids: Ids, old: tuple[int, ...], new: tuple[int, ...]) -> Ids:
-    """The labels of a tensor of shape ``old`` that is viewed as ``new``."""
-    runs = [(ins, outs, any(ids.shape[d] > 1 for d in ins)) for ins, outs in groups(old, new)]
-    differs = {d for ins, _, yes in runs if yes for d in ins}
-    wanted = {d for _, outs, yes in runs if yes for d in outs}
-    full = np.broadcast_to(ids, [old[d] if d in differs else 1 for d in range(len(old))])
-    return full.reshape([new[d] if d in wanted else 1 for d in range(len(new))])

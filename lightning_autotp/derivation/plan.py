@@ -13,9 +13,9 @@ from torch import nn
 from lightning_autotp.derivation.assign import Ranks, parts_of
 from lightning_autotp.derivation.atoms import EVERY, Ids
 from lightning_autotp.derivation.features import Features, components
-from lightning_autotp.derivation.trace import is_plain
+from lightning_autotp.derivation.trace import is_plain, sizes_of
 from lightning_autotp.introspection.forward_source import delegates
-from lightning_autotp.introspection.layers import features_of, is_conv1d
+from lightning_autotp.introspection.layers import is_conv1d, is_convolution
 from lightning_autotp.introspection.names import folded
 from lightning_autotp.layout.layout import Interval, Layout, even_widths
 from lightning_autotp.plans.plan import Boundary, LocalAttribute, ParameterPlan, ShardingPlan
@@ -77,16 +77,16 @@ class _Maker:
     def _like_others(self) -> None:
         """Linears that the run did not use (experts without tokens) are taken as those of the same name elsewhere."""
         seen = {**self.features.columns, **self.features.rows}
-        like = {(folded(path), features_of(self.modules[path])): path for path in seen if path in self.modules}
+        like = {(folded(path), sizes_of(self.modules[path])): path for path in seen if path in self.modules}
         for path, module in self.modules.items():
             if self.canonical[path] not in seen and is_plain(module):
-                self.canonical[path] = like.get((folded(path), features_of(module)), path)
+                self.canonical[path] = like.get((folded(path), sizes_of(module)), path)
 
     def entry(self, name: str) -> ParameterPlan:
         path, _, local = name.rpartition(".")
         module, shape = self.modules[path], tuple(self.parameters[name].shape)
         linear = is_plain(module) and local in ("weight", "bias")
-        found = features_of(module) if linear and local == "weight" else None
+        found = sizes_of(module) if linear and local == "weight" else None
         entry = ParameterPlan(name, path, Layout.replicated(shape, self.tp_size), features=found)
         if linear:
             return self._linear(entry, self.canonical[path], module, local)
@@ -102,7 +102,11 @@ class _Maker:
             parts = parts_of(columns, self.ranks, self.tp_size)
             if parts is None:
                 count = self._partial(columns)
-                return replace(entry, partial_outputs=count if local == "weight" else 0, reason=self._why(path))
+                return replace(
+                    entry,
+                    partial_outputs=count if local == "weight" and isinstance(module, nn.Linear) else 0,
+                    reason=self._why(path),
+                )
             return self._with(entry, "column", 1 if turned else 0, parts)
         if rows is not None:
             parts = parts_of(rows, self.ranks, self.tp_size)
@@ -169,10 +173,19 @@ class _Maker:
                 yield Boundary(entry.module, once)
 
     def groups(self, entries: Iterable[ParameterPlan]) -> Iterable[LocalAttribute]:
-        """The numbers of groups of convolutions that are sharded by them."""
+        """The numbers of groups of convolutions and norms that are sharded by them."""
         for entry in entries:
             module = self.modules[entry.module]
-            if isinstance(module, _CONVOLUTIONS) and entry.kind == "column" and entry.name.endswith("weight"):
+            if isinstance(module, nn.GroupNorm) and entry.kind == "column" and entry.name.endswith("weight"):
+                each = module.num_channels // module.num_groups
+                local = tuple(width // each for width in entry.layout.widths)
+                yield LocalAttribute(entry.module, "num_groups", module.num_groups, local)
+            if (
+                isinstance(module, _CONVOLUTIONS)
+                and not is_convolution(module)
+                and entry.kind == "column"
+                and entry.name.endswith("weight")
+            ):
                 each = module.out_channels // module.groups
                 local = tuple(width // each for width in entry.layout.widths)
                 yield LocalAttribute(entry.module, "groups", module.groups, local)
@@ -292,6 +305,6 @@ def siblings_of(entries: Mapping[str, ParameterPlan], first: Set[str]) -> tuple[
     """
     groups: dict[tuple[str, Optional[int]], list[str]] = defaultdict(list)
     for entry in entries.values():
-        if entry.kind == "column" and entry.features is not None and entry.module in first:
+        if entry.kind == "column" and len(entry.layout.shape) == 2 and entry.features and entry.module in first:
             groups[entry.module.rpartition(".")[0], entry.features[1]].append(entry.module)
     return tuple(map(tuple, groups.values()))

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_autotp.compat import TorchDispatchMode
 from lightning_autotp.derivation.atoms import ENTRY, EVERY, OWN, Atoms, Ids
 from lightning_autotp.derivation.canvas import LABELS, Canvas
-from lightning_autotp.derivation.operators import FILLED, FILLS, resulting_labels
-from lightning_autotp.introspection.layers import features_of, is_conv1d
+from lightning_autotp.derivation.labels import FILLED
+from lightning_autotp.derivation.operators import FILLS, resulting_labels
+from lightning_autotp.introspection.layers import features_of, is_conv1d, is_convolution
 from lightning_autotp.proof.assumed import assumed_result
 
 MATRIX = "_autotp_matrix"
@@ -131,8 +132,8 @@ class Tracer(TorchDispatchMode):
 
     # -- linears ------------------------------------------------------------------------------------------------------
 
-    def linear(self, path: str, outputs: int, inputs: int, x: Tensor, out: Tensor) -> None:
-        """Note that the linear at ``path`` reads ``x``, ``[..., inputs]``, and makes ``out``, ``[..., outputs]``."""
+    def linear(self, path: str, outputs: int, inputs: int, x: Tensor, out: Tensor, dim: int = -1) -> None:
+        """Note that the linear at ``path`` reads ``inputs`` features along ``dim`` of ``x`` and makes ``outputs``."""
         ids = self.labels(x)
         if f"{path}.weight" in self.direct or f"{path}.bias" in self.direct:
             if ids is not None:
@@ -140,8 +141,8 @@ class Tracer(TorchDispatchMode):
             setattr(out, LABELS, None)
             return
         if ids is not None:
-            features = np.array(np.broadcast_to(ids[(0,) * (x.ndim - 1)], (inputs,)))
-            mixed = any(ids.shape[d] > 1 for d in range(x.ndim - 1)) or ids.shape[-1] == 1
+            features = np.array(np.broadcast_to(ids.swapaxes(dim, -1)[(0,) * (x.ndim - 1)], (inputs,)))
+            mixed = ids.size > ids.shape[dim] or ids.shape[dim] == 1
             if not mixed and self.atoms.are_own(features):
                 self._contracted(path, features, out)
                 return
@@ -153,7 +154,9 @@ class Tracer(TorchDispatchMode):
         if path not in self.columns:
             levels = self.shared.get(path)
             self.columns[path] = self.atoms.fresh(np.full(outputs, OWN) if levels is None else levels)
-        setattr(out, LABELS, self.columns[path].reshape((1,) * (out.ndim - 1) + (outputs,)))
+        shape = [1] * out.ndim
+        shape[dim] = outputs
+        setattr(out, LABELS, self.columns[path].reshape(shape))
 
     def _contracted(self, path: str, features: Ids, out: Tensor) -> None:
         setattr(out, LABELS, None)
@@ -194,7 +197,8 @@ class Tracer(TorchDispatchMode):
                         delattr(parameter, attribute)
 
     def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
-        own, (outputs, inputs) = module.forward, features_of(module) or (0, 0)
+        own, (outputs, inputs) = module.forward, sizes_of(module) or (0, 0)
+        dim = -1 - len(module.kernel_size) if is_convolution(module) else -1
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             self._paused += 1
@@ -202,7 +206,7 @@ class Tracer(TorchDispatchMode):
                 out: Tensor = own(x, *args, **kwargs)
             finally:
                 self._paused -= 1
-            self.linear(path, outputs, inputs, x, out)
+            self.linear(path, outputs, inputs, x, out, dim)
             return out
 
         return forward
@@ -216,8 +220,15 @@ def _guarded(model: nn.Module) -> dict[int, str]:
 
 
 def is_plain(module: Any) -> bool:
-    """Whether this is a linear that computes as nn.Linear does."""
+    """Whether this is a linear that computes as nn.Linear does, or a convolution that computes as torch's do."""
     if "forward" in vars(module) or hasattr(module, "parametrizations"):
         return False
     own = type(module).forward is nn.Linear.forward or type(module).__name__ in _PLAIN
-    return is_conv1d(module) or isinstance(module, nn.Linear) and own
+    return is_conv1d(module) or is_convolution(module) or isinstance(module, nn.Linear) and own
+
+
+def sizes_of(module: nn.Module) -> Optional[tuple[int, int]]:
+    """(out, in) features of a linear, or channels of a convolution; None for anything else."""
+    if is_convolution(module):
+        return module.out_channels, module.in_channels  # type: ignore[return-value]
+    return features_of(module)

@@ -15,6 +15,12 @@ def features_of(module: nn.Module) -> Optional[tuple[int, int]]:
     return None
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether this is a convolution of torch's own in which every output channel reads all input channels."""
+    own = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "forward" not in vars(module)
+    return own and module.groups == 1 and module._parameters.get("weight") is not None
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' ``Conv1D``, a linear whose weight is stored [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

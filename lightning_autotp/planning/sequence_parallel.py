@@ -126,6 +126,7 @@ def _reduces(path: str, entries: list[ParameterPlan], plan: ShardingPlan, argume
     plain = all(
         entry.module.rpartition(".")[0] == path
         and not entry.layout.is_replicated
+        and len(entry.layout.shape) == 2  # not a convolution
         and not entry.gather_output
         and not entry.split_input
         for entry in linears

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.introspection.forward_source import changes_in_place
-from lightning_autotp.introspection.layers import is_conv1d
+from lightning_autotp.introspection.layers import is_conv1d, is_convolution
 from lightning_autotp.parallel.column_group import ColumnGroup, ColumnMember
+from lightning_autotp.parallel.convolution import ColumnParallelConvolution, RowParallelConvolution
 from lightning_autotp.parallel.embedding import ColumnParallelEmbedding, VocabParallelEmbedding
 from lightning_autotp.parallel.head_arguments import take_own_heads
 from lightning_autotp.parallel.linear import (
@@ -90,6 +91,11 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, overlap: Overlap) -> t
             ColumnParallelEmbedding.convert(module, mesh, entry.layout)
         elif entry.features is None:
             continue
+        elif is_convolution(module):
+            if entry.kind == "row":
+                RowParallelConvolution.convert(module, mesh, entry.layout)
+            elif entry.kind == "column":
+                ColumnParallelConvolution.convert(module, mesh, entry.layout, gather=entry.gather_output)
         elif entry.kind == "row":
             row = RowParallelConv1D if is_conv1d(module) else RowParallelLinear
             scatter = overlap if reduces else None

@@ -378,6 +378,33 @@ class UNet(nn.Module):
         return functional.mse_loss(self.last(both), images.roll(1, 0)) + 0 * labels.sum()
 
 
+class ResNetBlock(nn.Module):
+    """Diffusion's: group norms and convolutions, and a time that is added between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(4, WIDTH), nn.Conv2d(WIDTH, HIDDEN, 3, padding=1)
+        self.time, self.norm2 = nn.Linear(WIDTH, HIDDEN), nn.GroupNorm(8, HIDDEN)
+        self.conv2 = nn.Conv2d(HIDDEN, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.conv1(functional.silu(self.norm1(x))) + self.time(functional.silu(t))[:, :, None, None]
+        h = functional.avg_pool2d(functional.silu(self.norm2(h)), 2)
+        return x + functional.interpolate(self.conv2(h), scale_factor=2.0)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.blocks = Time(), nn.ModuleList(ResNetBlock() for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = x.transpose(1, 2).unflatten(-1, (4, 4)).contiguous(), self.time(t)
+        for block in self.blocks:
+            x = block(x, c)
+        return functional.mse_loss(x.flatten(2).transpose(1, 2), y)
+
+
 class VAE(nn.Module):
     """Means and variances, a draw, and a decoder."""
 
@@ -397,7 +424,7 @@ class VAE(nn.Module):
 
 
 MODELS = (
-    model("ViT with a class token", ViT, 0.57, 0.35, image_batch, quick=True),
+    model("ViT with a class token", ViT, 0.57, 0.35, image_batch),
     model("ViT of folded patches, (d h)", FoldedPatches, 0.52, 0.28, image_batch),
     model("ViT, (d h)", lambda: Patches(Residual(SizeThenHeads(), FeedForward())), 0.61, 0.42, image_batch),
     model("ViT, (3 h d)", lambda: Patches(Residual(ThreeFirst(), FeedForward())), 0.61, 0.42, image_batch),
@@ -413,5 +440,6 @@ MODELS = (
     model("ConvNeXt", ConvNeXt, 0.57, 0.35, image_batch),
     model("MobileNet", MobileNet, 0.99, 0.99, image_batch),
     model("U-Net", UNet, 1.0, 1.0, image_batch),
+    model("ResNet of diffusion", ResNet, 1, 1, noise_batch, quick=True),
     model("VAE", VAE, 0.51, 0.26, image_batch),
 )
