@@ -13,6 +13,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_autotp.dataflow.event import bound
 from lightning_autotp.derivation.atoms import Atoms, Ids
@@ -67,7 +68,7 @@ def resulting_labels(
     """
     name = func._overloadpacket.__name__
     rule = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-    outs = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)]
+    outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]  # a number that is read gives none
     if not outs:
         return None
     given = bound(func, args, kwargs)

@@ -281,8 +281,8 @@ def test_fewer_blocks_under_sequence_parallelism_are_proved(largest: float, monk
     config = TPTrainingConfig.load({"sequence_parallel": True})
     made = prover.Prover(model, make_plan(model, config, 2), config)
     made.sharded(model)
-    assert made._kept is not None and made._kept.meta is not None
-    assert (made._kept.values is None) == (largest == 0.0)
+    assert made.kept is not None and made.kept.meta is not None
+    assert (made.kept.values is None) == (largest == 0.0)
     tokens = torch.arange(36).view(3, 12)
     look = prover.Look("training", ({"input_ids": tokens, "labels": tokens},), call=loss_of_batch)
     found = made.prove(model, look)
