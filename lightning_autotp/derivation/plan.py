@@ -101,12 +101,9 @@ class _Maker:
         if columns is not None:
             parts = parts_of(columns, self.ranks, self.tp_size)
             if parts is None:
-                count = self._partial(columns)
-                return replace(
-                    entry,
-                    partial_outputs=count if local == "weight" and isinstance(module, nn.Linear) else 0,
-                    reason=self._why(path),
-                )
+                partial = local == "weight" and not is_convolution(module)
+                count = self._partial(columns) if partial else 0
+                return replace(entry, partial_outputs=count, reason=self._why(path))
             return self._with(entry, "column", 1 if turned else 0, parts)
         if rows is not None:
             parts = parts_of(rows, self.ranks, self.tp_size)
@@ -175,20 +172,13 @@ class _Maker:
     def groups(self, entries: Iterable[ParameterPlan]) -> Iterable[LocalAttribute]:
         """The numbers of groups of convolutions and norms that are sharded by them."""
         for entry in entries:
-            module = self.modules[entry.module]
-            if isinstance(module, nn.GroupNorm) and entry.kind == "column" and entry.name.endswith("weight"):
-                each = module.num_channels // module.num_groups
-                local = tuple(width // each for width in entry.layout.widths)
-                yield LocalAttribute(entry.module, "num_groups", module.num_groups, local)
-            if (
-                isinstance(module, _CONVOLUTIONS)
-                and not is_convolution(module)
-                and entry.kind == "column"
-                and entry.name.endswith("weight")
-            ):
-                each = module.out_channels // module.groups
-                local = tuple(width // each for width in entry.layout.widths)
-                yield LocalAttribute(entry.module, "groups", module.groups, local)
+            module: Any = self.modules[entry.module]
+            if entry.kind != "column" or is_plain(module) or not entry.name.endswith("weight"):
+                continue
+            name = "groups" if isinstance(module, _CONVOLUTIONS) else "num_groups"
+            if isinstance(module, (*_CONVOLUTIONS, nn.GroupNorm)):
+                count, width = getattr(module, name), entry.layout.shape[0]
+                yield LocalAttribute(entry.module, name, count, tuple(n * count // width for n in entry.layout.widths))
 
     def vocabulary(self, entries: dict[str, ParameterPlan]) -> dict[str, ParameterPlan]:
         """Embeddings along the vocabulary, and heads with as many outputs along them."""
