@@ -3,7 +3,7 @@
 Here are its form and the reading; :mod:`lightning_autotp.checkpoint.saving` writes it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lightning_autotp.checkpoint import manifest
+from lightning_autotp.checkpoint import keys, manifest
 from lightning_autotp.checkpoint.manifest import SAVE_ID, contents_of, rest_of
 from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.safe_load import DamagedError, Planner, Reader
@@ -58,49 +58,44 @@ def load_directory(
     """
     inside, checkpoint = raised_together(lambda: _checked(path, unsafe, all_bytes))
     stored = Reader(inside, unsafe).read_metadata().state_dict_metadata
-    prefix = "state_dict."
-    model = {
-        key.removeprefix(prefix): target_of(key.removeprefix(prefix), stored[key], placement)
-        for key in stored
-        if key.startswith(prefix)
+    key = {keys.called(key): key for key in stored}
+    targets = {
+        name: target_of(name.removeprefix(prefix), stored[key[name]], placement)
+        for name in key
+        if name.startswith(prefix := "state_dict.")
     }
-    wanted: dict[str, Any] = {"state_dict": {name: target for name, (_, target) in model.items()}}
     skeletons = checkpoint.get("optimizer_states", []) if optimizers else []
-    states = [
+    for at, skeleton in enumerate(skeletons):
+        for name, entries in _states(skeleton).items():
+            for of_entry in (f"optimizers.{at}.{name}.{entry}" for entry in entries):
+                if of_entry in key and isinstance(stored[key[of_entry]], TensorStorageMetadata):
+                    targets[of_entry] = target_of(name, stored[key[of_entry]], placement)
+    read = {key[name]: view for name, (_, view) in targets.items()}
+    read_into(read, inside, unsafe)
+    found = {name: read[key[name]] if local is None else local for name, (local, _) in targets.items()}
+    checkpoint["state_dict"] = {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
+    if skeletons:
+        checkpoint["optimizer_states"] = with_tensors(skeletons, lambda key, _, value: found.get(key, value))
+    return checkpoint
+
+
+def with_tensors(skeletons: Sequence[Mapping[str, Any]], value: Callable[[str, str, Any], Any]) -> list[dict[str, Any]]:
+    """The state of optimizers with ``value(key, name of the parameter, value)`` in place of every value of theirs."""
+    return [
         {
-            name: {
-                entry: target_of(name, stored[f"optimizers.{at}.{name}.{entry}"], placement)
-                for entry in entries
-                if f"optimizers.{at}.{name}.{entry}" in stored
-            }
-            for name, entries in _states(skeleton).items()
+            **skeleton,
+            "state": {
+                name: {entry: value(f"optimizers.{at}.{name}.{entry}", name, held) for entry, held in entries.items()}
+                for name, entries in _states(skeleton).items()
+            },
         }
         for at, skeleton in enumerate(skeletons)
     ]
-    if any(states):
-        wanted["optimizers"] = {
-            str(at): {name: {entry: view for entry, (_, view) in values.items()} for name, values in state.items()}
-            for at, state in enumerate(states)
-        }
-    read_into(wanted, inside, unsafe)
-    checkpoint["state_dict"] = {
-        name: wanted["state_dict"][name] if local is None else local for name, (local, _) in model.items()
-    }
-    if skeletons:
-        checkpoint["optimizer_states"] = [
-            {**skeleton, "state": {n: {**of_one, **_locals(read[n])} for n, of_one in _states(skeleton).items()}}
-            for skeleton, read in zip(skeletons, states)
-        ]
-    return checkpoint
 
 
 def _states(skeleton: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     state: Mapping[str, Mapping[str, Any]] = skeleton.get("state", {})
     return state
-
-
-def _locals(targets: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    return {entry: local for entry, (local, _) in targets.items()}
 
 
 def read_into(state: dict[str, Any], path: AnyPath, unsafe: bool = False) -> None:
@@ -196,7 +191,8 @@ def of_this_run(
     """The ``optimizer_states`` of a checkpoint, from a directory or an ordinary file, as this run's optimizers load it.
 
     Args:
-        states: as they were read; those of a file have full tensors. None of them, or ready ones, stay as they are.
+        states: as they were read; those of a file have full tensors, and names of parameters where Lightning's
+            ``consolidate_checkpoint`` has made it. None of them, or ready ones, stay as they are.
         names: for each optimizer of this run, its parameters' names in ``state_dict`` order.
         placement: where the parts lie.
 
@@ -204,8 +200,8 @@ def of_this_run(
         ValueError: if the parameters are not those of this run, as far as their names are known.
     """
     if any(isinstance(p, str) for state in states for group in state.get("param_groups", []) for p in group["params"]):
-        return by_number(states, names)
-    if len(states) != len(names):  # Lightning pairs what there is
+        states = by_number(states, names)
+    elif len(states) != len(names):  # Lightning pairs what there is
         return states
     return [
         map_optimizer_state(state, names[at], lambda name, _, value: placement.cut(name, value))

@@ -24,7 +24,7 @@ def write_file(found: Checkpoint, file: Path, progress: Callable[[int], None] = 
     Raises:
         ValueError: if ``found`` is a file already.
     """
-    if not found.path.is_dir():
+    if found.path.is_file():
         raise ValueError(f"{found.path} is an ordinary file already.")
     folder = beside(file)
     folder.mkdir(parents=True)

@@ -25,6 +25,9 @@ METADATA, REST = ".metadata", "meta.pt"
 SAVE_ID = "autotp_save_id"
 """An entry of the file with the rest: a directory that has it has a manifest, too."""
 
+FOLDER = "autotp-"
+"""How the folders begin in which files lie where nothing can be renamed."""
+
 _FORMAT = 2
 _SEAL = b"autotp-save:"
 _SEALED = len(_SEAL) + 32
@@ -230,7 +233,7 @@ def check_lengths(directory: AnyPath, metadata: Metadata) -> None:
             )
 
 
-def writer(**sizes: int) -> dict[str, Any]:
+def writer(**more: Any) -> dict[str, Any]:
     """Who writes, and when."""
     versions = {}
     for package in ("lightning-autotp", "torch", "lightning", "transformers", "peft"):
@@ -239,7 +242,7 @@ def writer(**sizes: int) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {**versions, "python": platform.python_version(), **sizes, "at": now}
+    return {**versions, "python": platform.python_version(), **more, "at": now}
 
 
 def _crc_of(said: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_autotp.checkpoint import manifest
+from lightning_autotp.checkpoint import keys, manifest
 from lightning_autotp.checkpoint.distributed import by_name, failures_of, skeleton_of, view_of
 from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
 from lightning_autotp.checkpoint.places import AnyPath
@@ -23,9 +23,6 @@ from lightning_autotp.checkpoint.shard_files import ShardWriter
 from lightning_autotp.checkpoint.state_dict import Placement
 from lightning_autotp.compat import without_record_checksums
 from lightning_autotp.distributed.errors import Explain, Processes
-
-_FOLDER = "autotp-"
-"""How the folders begin in which files lie where nothing can be renamed."""
 
 Write = Callable[[Processes], None]
 """Writes what has been prepared; each of the processes must call it."""
@@ -60,11 +57,14 @@ def prepare_directory(
     """
     rest = dict(checkpoint)
     optimizers = rest.pop("optimizer_states", None)
-    tensors: dict[str, Any] = {"state_dict": {n: view_of(n, t, placement) for n, t in rest.pop("state_dict").items()}}
+    tensors: dict[str, Any] = {keys.MODEL: {n: view_of(n, t, placement) for n, t in rest.pop("state_dict").items()}}
     if optimizers is not None:
-        tensors["optimizers"] = {str(at): by_name(s, names[at], placement) for at, s in enumerate(optimizers)}
         rest["optimizer_states"] = [skeleton_of(s, names[at]) for at, s in enumerate(optimizers)]
     rest = plain(rest)
+    for at, skeleton in enumerate(rest.get("optimizer_states", [])):  # all, for those who do not know of `meta.pt`
+        own = by_name(optimizers[at], names[at], placement)
+        state = {name: {**entries, **own[name]} for name, entries in skeleton["state"].items()}
+        tensors[keys.optimizer(at)] = {**skeleton, "state": state}
     look_at_what_is_refused(rest, path, paths=True)
     return partial(_write, tensors, rest, path, placement.mesh.tp_size, models)
 
@@ -101,7 +101,11 @@ def _write(
 ) -> None:
     save_id = processes.first(uuid.uuid4().hex)
     # where nothing can be renamed, the files are in their place, and unknown until the manifest names their folder
-    made = path.parent / processes.first(beside(path).name) if isinstance(path, Path) else path / f"{_FOLDER}{save_id}"
+    made = (
+        path.parent / processes.first(beside(path).name)
+        if isinstance(path, Path)
+        else path / f"{manifest.FOLDER}{save_id}"
+    )
     failed = partial(not_saved, path)
     try:
         processes.raised_together(lambda: made.mkdir(parents=True, exist_ok=True), failed)
@@ -163,7 +167,7 @@ def _finish(
     else:
         replace(said, folder=made.name).write(path)
         with suppress(Exception):  # what was saved stands
-            for entry in [entry for entry in path.iterdir() if entry.name.startswith(_FOLDER)]:
+            for entry in [entry for entry in path.iterdir() if entry.name.startswith(manifest.FOLDER)]:
                 if entry.name != made.name:
                     remove(entry)
 

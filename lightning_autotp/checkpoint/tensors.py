@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from lightning_autotp.checkpoint import manifest
+from lightning_autotp.checkpoint import keys, manifest
 from lightning_autotp.checkpoint.hf_record import Record
 from lightning_autotp.checkpoint.manifest import Manifest, contents_of, rest_of
 from lightning_autotp.checkpoint.places import AnyPath
@@ -50,6 +50,8 @@ class Checkpoint:
         tensors: those of the model and, as ``optimizers.AT.NAME.ENTRY``, of optimizers in directories.
         models: what it says of the Hugging Face models in it.
         manifest: what a directory says of itself; None for files, and for directories of version 0.1.0.
+        writer: who wrote it, where that was somebody else.
+        notes: what of it is not in ``rest`` and ``tensors``.
     """
 
     path: AnyPath
@@ -57,6 +59,8 @@ class Checkpoint:
     tensors: Tensors
     models: tuple[Record, ...]
     manifest: Optional[Manifest]
+    writer: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def model(self) -> Tensors:
@@ -105,14 +109,16 @@ def _directory(path: AnyPath, unsafe: bool, all_bytes: bool) -> Checkpoint:
     if found is None:
         manifest.check_lengths(inside, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    stored = {n: at for n, at in metadata.state_dict_metadata.items() if isinstance(at, TensorStorageMetadata)}
+    known = metadata.state_dict_metadata
+    key = {keys.called(key): key for key, at in known.items() if isinstance(at, TensorStorageMetadata)}
+    stored = {name: known[key[name]] for name in key}
     shapes = {n: torch.empty(at.size, dtype=at.properties.dtype, device="meta") for n, at in stored.items()}
     rest = rest_of(inside, found, unsafe)
-    tensors = Tensors(shapes, lambda name: _joined(reader, name, stored[name]))
+    tensors = Tensors(shapes, lambda name: joined(reader, key[name], stored[name]))
     return Checkpoint(path, rest, tensors, () if found is None else tuple(found.models), found)
 
 
-def _joined(reader: Reader, name: str, stored: TensorStorageMetadata) -> Tensor:
+def joined(reader: Reader, name: str, stored: TensorStorageMetadata) -> Tensor:
     """The full tensor from its pieces."""
     if sum(chunk.sizes.numel() for chunk in stored.chunks) < stored.size.numel():
         raise DamagedError(f"{reader.path}: pieces of {name} are missing; load another checkpoint.")

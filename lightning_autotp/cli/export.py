@@ -42,16 +42,16 @@ def main(args: Optional[Sequence[str]] = None) -> int:
 def _to_file(found: Checkpoint, out: Path) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a directory; name a file to write.")
-    with _bar(sum(shape.nbytes for shape in found.tensors.shapes.values())) as progress:
+    with shown_bar(sum(shape.nbytes for shape in found.tensors.shapes.values())) as progress:
         write_file(found, out, progress)
 
 
 def _to_hugging_face(found: Checkpoint, options: argparse.Namespace) -> None:
-    record = _given(options) if options.config else chosen(found.models, options.submodule, str(found.path))
+    record = given_record(options) if options.config else chosen(found.models, options.submodule, str(found.path))
     here = [found.path, found.path.parent] if found.path.is_dir() else [found.path.parent]
     beside = [place for place in here if isinstance(place, Path)]
     folders = [Path(options.tokenizer)] if options.tokenizer else beside
-    with _bar(total_bytes(record, found.model)) as progress:
+    with shown_bar(total_bytes(record, found.model)) as progress:
         write_model(
             record,
             found.model,
@@ -63,7 +63,7 @@ def _to_hugging_face(found: Checkpoint, options: argparse.Namespace) -> None:
         )
 
 
-def _given(options: argparse.Namespace) -> Record:
+def given_record(options: argparse.Namespace) -> Record:
     """The record of a model that the checkpoint says nothing of, from a config.json."""
     path = Path(options.config)
     config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
@@ -84,7 +84,8 @@ def _given(options: argparse.Namespace) -> Record:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Any]:
+def shown_bar(total: int) -> Iterator[Any]:
+    """A progress bar over ``total`` bytes; yields what to call with each number of bytes."""
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task("writing", total=total)

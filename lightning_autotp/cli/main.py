@@ -1,7 +1,7 @@
 """``lightning-autotp fit|validate|test|predict|plan --config FILE``: LightningCLI, and the plan without a run.
 
-``lightning-autotp verify``, ``estimate``, ``export`` and ``inspect`` are no part of LightningCLI: they need no config,
-see :mod:`lightning_autotp.cli.verify` and its neighbours.
+``lightning-autotp verify``, ``estimate``, ``export``, ``import`` and ``inspect`` are no part of LightningCLI: they need
+no config, see :mod:`lightning_autotp.cli.verify` and its neighbours.
 """
 
 import sys
@@ -14,7 +14,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_autotp.cli import derive, estimate, export, inspect, verify
+from lightning_autotp.cli import derive, estimate, export, import_checkpoint, inspect, verify
 from lightning_autotp.config.files import check_keys
 from lightning_autotp.plans.plan_table import print_plan
 from lightning_autotp.recipe.make_plan import make_plan
@@ -24,7 +24,13 @@ _ANYWHERE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_
 """A plan needs none of the machine that the config is written for."""
 
 
-_COMMANDS = {"verify": verify.main, "estimate": estimate.main, "export": export.main, "inspect": inspect.main}
+_COMMANDS = {
+    "verify": verify.main,
+    "estimate": estimate.main,
+    "export": export.main,
+    "import": import_checkpoint.main,
+    "inspect": inspect.main,
+}
 
 _MODE = "yaml_once"
 

@@ -15,6 +15,8 @@ from typing_extensions import override
 
 from lightning_autotp.checkpoint.background import Background
 from lightning_autotp.checkpoint.distributed import load_directory, of_this_run
+from lightning_autotp.checkpoint.foreign.doors import is_foreign, open_any
+from lightning_autotp.checkpoint.foreign.resume import resumable
 from lightning_autotp.checkpoint.hf_record import models_in
 from lightning_autotp.checkpoint.host_copies import HostCopies
 from lightning_autotp.checkpoint.manifest import check_file
@@ -207,17 +209,28 @@ class CheckpointStrategy(MeshStrategy):
         self._shard_for_this_run()
         fitting = self._module.trainer.state.fn == TrainerFn.FITTING
         unsafe = self.config.unsafe_checkpoint_load if weights_only is None else not weights_only
-        if path.is_dir():
-            all_bytes = self.config.verify_checksums
-            found = load_directory(path, self._placement, optimizers=fitting, unsafe=unsafe, all_bytes=all_bytes)
+        if raised_together(lambda: is_foreign(path, unsafe)):
+            found = raised_together(partial(self._of_others, path, unsafe, fitting=fitting))
         else:
-            raised_together(lambda: self._check_file(path))
-            full = raised_together(lambda: self._read(path, unsafe))
-            state = {name: self._placement.cut(name, value) for name, value in full.get("state_dict", {}).items()}
-            found = {**full, "state_dict": state}
+            found = self._of_ours(path, unsafe, fitting=fitting)
+            if fitting and found.get("optimizer_states") == []:
+                rank_zero_warn(f"{path} holds no optimizer's state: optimizers begin anew.")
         if fitting and self._has_optimizers and "optimizer_states" in found:
             found["optimizer_states"] = of_this_run(found["optimizer_states"], self._optimizer_names(), self._placement)
         return found
+
+    def _of_ours(self, path: AnyPath, unsafe: bool, *, fitting: bool) -> dict[str, Any]:
+        if path.is_dir():
+            all_bytes = self.config.verify_checksums
+            return load_directory(path, self._placement, optimizers=fitting, unsafe=unsafe, all_bytes=all_bytes)
+        raised_together(lambda: self._check_file(path))
+        full = raised_together(lambda: self._read(path, unsafe))
+        state = {name: self._placement.cut(name, value) for name, value in full.get("state_dict", {}).items()}
+        return {**full, "state_dict": state}
+
+    def _of_others(self, path: AnyPath, unsafe: bool, *, fitting: bool) -> dict[str, Any]:
+        found = open_any(path, unsafe=unsafe)
+        return resumable(found, self._placement, self._module.state_dict().keys(), fitting=fitting)
 
     def _check_file(self, path: AnyPath) -> None:
         if not path.exists():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils.data import DataLoader
 
 from lightning_autotp.checkpoint import is_directory_checkpoint
@@ -31,12 +32,12 @@ def test_a_directory_has_the_names_and_shapes_of_the_unsharded_model(tmp_path: P
     trained(2, 1, save=tmp_path / "checkpoint")
     assert is_directory_checkpoint(tmp_path / "checkpoint")
     stored = FileSystemReader(tmp_path / "checkpoint").read_metadata().state_dict_metadata
-    sizes = {name: tuple(entry.size) for name, entry in stored.items()}  # type: ignore[union-attr]
+    sizes = {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     reference = Scheduled()
-    want: dict[str, tuple[int, ...]] = {f"state_dict.{n}": tuple(t.shape) for n, t in reference.state_dict().items()}
+    want: dict[str, tuple[int, ...]] = {f"model.{n}": tuple(t.shape) for n, t in reference.state_dict().items()}
     for name, parameter in reference.named_parameters():
-        want |= {f"optimizers.0.{name}.{entry}": tuple(parameter.shape) for entry in ("exp_avg", "exp_avg_sq")}
-        want[f"optimizers.0.{name}.step"] = ()
+        want |= {f"optimizer_0.state.{name}.{entry}": tuple(parameter.shape) for entry in ("exp_avg", "exp_avg_sq")}
+        want[f"optimizer_0.state.{name}.step"] = ()
     assert sizes == want
 
 
@@ -44,13 +45,13 @@ def test_a_directory_has_the_names_and_shapes_of_the_unsharded_model(tmp_path: P
 def test_each_rank_of_a_model_writes_its_part_and_data_parallel_copies_are_written_once(tmp_path: Path) -> None:
     trained(2, 1, save=tmp_path / "checkpoint")
     stored = FileSystemReader(tmp_path / "checkpoint").read_metadata()
-    chunks = stored.state_dict_metadata["state_dict.net.up.weight"].chunks  # type: ignore[union-attr]
+    chunks = stored.state_dict_metadata["model.net.up.weight"].chunks  # type: ignore[union-attr]
     assert sorted((tuple(c.offsets), tuple(c.sizes)) for c in chunks) == [((0, 0), (5, 8)), ((5, 0), (5, 8))]
     numbers = sum(p.numel() for p in Scheduled().parameters())
     assert stored.storage_data is not None
-    written = sum(info.length for index, info in stored.storage_data.items() if index.fqn.startswith("state_dict."))
+    written = sum(info.length for index, info in stored.storage_data.items() if index.fqn.startswith("model."))
     # 4 bytes a number, and up to 2 KiB a piece around them: nothing is there twice
-    pieces = sum(index.fqn.startswith("state_dict.") for index in stored.storage_data)
+    pieces = sum(index.fqn.startswith("model.") for index in stored.storage_data)
     assert pieces == 9 and written < 4 * numbers + 2048 * pieces
 
 

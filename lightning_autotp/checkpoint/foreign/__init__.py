@@ -1,0 +1,1 @@
+"""Checkpoints that others have written, opened as if they were ours."""

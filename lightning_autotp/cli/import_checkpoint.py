@@ -1,0 +1,75 @@
+"""``lightning-autotp import``: a checkpoint of others as one of ours, a directory or one ordinary Lightning file."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Optional
+
+from lightning_autotp.checkpoint.directory_export import write_directory
+from lightning_autotp.checkpoint.file_export import write_file
+from lightning_autotp.checkpoint.foreign.doors import open_any
+from lightning_autotp.checkpoint.foreign.resume import renamed, with_lightnings_entries
+from lightning_autotp.checkpoint.places import place_of
+from lightning_autotp.checkpoint.tensors import MODEL, Checkpoint
+from lightning_autotp.cli.export import given_record, shown_bar
+
+
+def main(args: Optional[Sequence[str]] = None) -> int:
+    """Run the subcommand; returns the exit status: 0 if everything is written."""
+    options = _parser().parse_args(args)
+    out = Path(options.out)
+    try:
+        _write(_opened(options), out, options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"import: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {out}")
+    return 0
+
+
+def _opened(options: argparse.Namespace) -> Checkpoint:
+    found = open_any(place_of(options.checkpoint), unsafe=options.unsafe_checkpoint_load)
+    found = renamed(found, f"{options.submodule}." if options.submodule else "")
+    if options.weights_only:
+        rest = {name: value for name, value in found.rest.items() if name != "optimizer_states"}
+        own = {name: shape for name, shape in found.tensors.shapes.items() if name.startswith(MODEL)}
+        found = replace(found, rest=rest, tensors=replace(found.tensors, shapes=own))
+    return replace(found, rest=with_lightnings_entries(found, fitting=True))
+
+
+def _write(found: Checkpoint, out: Path, options: argparse.Namespace) -> None:
+    if out.is_dir() if options.format == "ckpt" else out.is_file():
+        raise FileExistsError(f"{out} is a {'directory' if out.is_dir() else 'file'}; name another place to write to.")
+    record = [given_record(options)] if options.config else list(found.models)
+    total = sum(shape.nbytes for shape in found.tensors.shapes.values())
+    with shown_bar(total) as progress:
+        if options.format == "ckpt":
+            write_file(replace(found, models=tuple(record)), out, progress)
+        else:
+            write_directory(found, out, record, progress)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-autotp import",
+        description="Make a checkpoint of others one that `fit(ckpt_path=...)` resumes from: directories of Lightning's"
+        " ModelParallelStrategy and FSDPStrategy, of torch.distributed.checkpoint, of DeepSpeed (AutoTP, ZeRO,"
+        " universal). Needs no GPU and no processes.",
+    )
+    parser.add_argument("checkpoint", help="the checkpoint of others")
+    parser.add_argument("out", help="the directory to write, or the file with --format ckpt")
+    parser.add_argument(
+        "--format",
+        choices=["directory", "ckpt"],
+        default="directory",
+        help="directory: as this package saves; ckpt: one Lightning file for any Trainer (directory)",
+    )
+    parser.add_argument("--submodule", metavar="PATH", help="where the model is in the LightningModule, as `model`")
+    parser.add_argument("--config", metavar="PATH", help="config.json of a Hugging Face model, for `export` to know it")
+    parser.add_argument("--weights-only", action="store_true", help="leave the optimizers' state out")
+    parser.add_argument(
+        "--unsafe-checkpoint-load", "--unsafe", action="store_true", help="load anything in it, which may run code"
+    )
+    return parser
