@@ -70,7 +70,7 @@ def record_of(path: str, model: nn.Module) -> dict[str, Any]:
         "config": _as_json(original(inner.config).to_diff_dict()),
         "model_type": original(inner.config).model_type,
         "generation_config": None if generation is None else _as_json(generation.to_diff_dict()),
-        "tied": _tied(model),
+        "tied": tied_names(model),
         "inner": inner_path,
         "adapters": adapters,
     }
@@ -81,7 +81,7 @@ def original(config: Any) -> Any:
     return vars(config).get("_original", config)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
     """Every name in the state dict that shares its parameter with an earlier name, and that one."""
     first: dict[int, str] = {}
     tied = {}

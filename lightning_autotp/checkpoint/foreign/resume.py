@@ -33,7 +33,8 @@ def resumable(found: Checkpoint, placement: Placement, model: Collection[str], *
     states = rest.pop("optimizer_states")
     if fitting:
         rest["optimizer_states"] = with_tensors(
-            states, lambda key, name, value: placement.cut(name, read(key)) if key in known else value
+            states,  # off the files, which may be mapped
+            lambda key, name, value: placement.cut(name, read(key)).clone() if key in known else value,
         )
     return rest
 
