@@ -34,6 +34,7 @@ def prepare_directory(
     placement: Placement,
     path: AnyPath,
     models: Sequence[Mapping[str, Any]] = (),
+    module: str = "",
 ) -> Write:
     """Prepare to write ``checkpoint``, whose tensors are this rank's parts; every process must call it.
 
@@ -46,6 +47,7 @@ def prepare_directory(
         placement: where the parts lie.
         path: the directory to make; that of the first process counts.
         models: what to record of the Hugging Face models in it.
+        module: the class of the module, to be recorded.
 
     Returns:
         What writes it. It raises a RuntimeError on all processes alike, if one of them could not write, or the first
@@ -66,7 +68,7 @@ def prepare_directory(
         state = {name: {**entries, **own[name]} for name, entries in skeleton["state"].items()}
         tensors[keys.optimizer(at)] = {**skeleton, "state": state}
     look_at_what_is_refused(rest, path, paths=True)
-    return partial(_write, tensors, rest, path, placement.mesh.tp_size, models)
+    return partial(_write, tensors, rest, path, {"autotp_size": placement.mesh.tp_size, "module": module}, models)
 
 
 def save_directory(
@@ -75,9 +77,10 @@ def save_directory(
     placement: Placement,
     path: AnyPath,
     models: Sequence[Mapping[str, Any]] = (),
+    module: str = "",
 ) -> None:
     """Write ``checkpoint`` at once; see :func:`prepare_directory`."""
-    prepare_directory(checkpoint, names, placement, path, models)(Processes())
+    prepare_directory(checkpoint, names, placement, path, models, module)(Processes())
 
 
 def look_at_what_is_refused(rest: Mapping[str, Any], path: AnyPath, *, paths: bool) -> None:
@@ -95,7 +98,7 @@ def _write(
     tensors: dict[str, Any],
     rest: Mapping[str, Any],
     path: AnyPath,
-    tp_size: int,
+    by: Mapping[str, Any],
     models: Sequence[Mapping[str, Any]],
     processes: Processes,
 ) -> None:
@@ -113,8 +116,7 @@ def _write(
     except BaseException:
         remove(made)  # on each process: the disk may be its node's own
         raise
-    sizes = {"processes": len(everyones), "autotp_size": tp_size}
-    finish = partial(_finish, rest, made, path, save_id, everyones, sizes, models)
+    finish = partial(_finish, rest, made, path, save_id, everyones, {"processes": len(everyones), **by}, models)
     try:
         processes.raised_together(lambda: finish() if processes.rank == 0 else None, failed)
     except BaseException:
@@ -146,7 +148,7 @@ def _finish(
     path: AnyPath,
     save_id: str,
     everyones: Sequence[Mapping[str, Written]],
-    sizes: Mapping[str, int],
+    by: Mapping[str, Any],
     models: Sequence[Mapping[str, Any]],
 ) -> None:
     with (made / manifest.REST).open("wb") as stream:
@@ -158,7 +160,7 @@ def _finish(
     _require_all(made, everyones)
     for written in everyones:
         files |= written
-    said = Manifest(save_id, files, manifest.writer(**sizes), models)
+    said = Manifest(save_id, files, manifest.writer(**by), models)
     if isinstance(made, Path) and isinstance(path, Path):
         said.write(made)
         synchronize(made)

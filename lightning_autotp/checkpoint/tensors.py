@@ -109,8 +109,8 @@ def _directory(path: AnyPath, unsafe: bool, all_bytes: bool) -> Checkpoint:
     if found is None:
         manifest.check_lengths(inside, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    known = metadata.state_dict_metadata
-    key = {keys.called(key): key for key, at in known.items() if isinstance(at, TensorStorageMetadata)}
+    known = {key: at for key, at in metadata.state_dict_metadata.items() if isinstance(at, TensorStorageMetadata)}
+    key = {keys.called(key): key for key in known}
     stored = {name: known[key[name]] for name in key}
     shapes = {n: torch.empty(at.size, dtype=at.properties.dtype, device="meta") for n, at in stored.items()}
     rest = rest_of(inside, found, unsafe)

@@ -18,7 +18,7 @@ from lightning_autotp.checkpoint.foreign.resume import renamed, with_lightnings_
 from lightning_autotp.checkpoint.hf_record import Record, tied_names
 from lightning_autotp.checkpoint.hf_twin import twin_of
 from lightning_autotp.checkpoint.places import place_of
-from lightning_autotp.checkpoint.tensors import MODEL, Checkpoint
+from lightning_autotp.checkpoint.tensors import MODEL, RECORD, Checkpoint
 from lightning_autotp.cli.config_options import config_of
 from lightning_autotp.cli.export import given_record, shown_bar
 from lightning_autotp.layout.layout import Layout
@@ -46,11 +46,20 @@ def _opened(options: argparse.Namespace) -> Checkpoint:
         layouts_for=partial(_planned, options) if options.model else None,
         first_replica=options.take_first_replica,
     )
+    is_file = found.path.is_file()
+    if is_file and found.rest.get("optimizer_states") and not options.weights_only:
+        raise ValueError(
+            f"{found.path} is an ordinary file, which `fit(ckpt_path=...)` resumes from as it is. It numbers its"
+            " optimizers' parameters and has no names for them, so that only its weights can be imported"
+            " (`--weights-only`)."
+        )
+    if is_file or options.weights_only:
+        others = ("optimizer_states", "state_dict", RECORD)
+        found = replace(found, rest={name: value for name, value in found.rest.items() if name not in others})
     found = renamed(found, f"{options.submodule}." if options.submodule else "")
     if options.weights_only:
-        rest = {name: value for name, value in found.rest.items() if name != "optimizer_states"}
         own = {name: shape for name, shape in found.tensors.shapes.items() if name.startswith(MODEL)}
-        found = replace(found, rest=rest, tensors=replace(found.tensors, shapes=own))
+        found = replace(found, tensors=replace(found.tensors, shapes=own))
     return replace(found, rest=with_lightnings_entries(found, fitting=True))
 
 

@@ -20,12 +20,13 @@ from lightning_autotp.checkpoint.foreign.resume import resumable
 from lightning_autotp.checkpoint.hf_record import models_in
 from lightning_autotp.checkpoint.host_copies import HostCopies
 from lightning_autotp.checkpoint.manifest import check_file
+from lightning_autotp.checkpoint.other_model import class_name, other_model
 from lightning_autotp.checkpoint.places import AnyPath, place_of
 from lightning_autotp.checkpoint.publish import not_saved, write_in_place, write_remotely
 from lightning_autotp.checkpoint.safe_load import load_with, plain
 from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, optimizer_names
-from lightning_autotp.checkpoint.tensors import RECORD
+from lightning_autotp.checkpoint.tensors import RECORD, tensors_of
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import Processes, raised_together
 from lightning_autotp.distributed.silent import silent_mesh
@@ -47,6 +48,8 @@ class CheckpointStrategy(MeshStrategy):
     _exclude_frozen_parameters: bool
     _has_optimizers: bool = False
     """Whether those there are belong to the run that goes on, and not to an earlier fit."""
+
+    _loaded_from: Optional[AnyPath] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +84,12 @@ class CheckpointStrategy(MeshStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        try:
+            self._load_model(checkpoint, strict)
+        except RuntimeError as error:
+            raise self._other_model(error, checkpoint["state_dict"]) from None
+
+    def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         if not self._exclude_frozen_parameters:
             super().load_model_state_dict(checkpoint, strict=strict)
             return
@@ -139,7 +148,7 @@ class CheckpointStrategy(MeshStrategy):
             raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
         names = self._optimizer_names() if "optimizer_states" in checkpoint else []
         still = self._host_copies.of(checkpoint) if beside else checkpoint
-        return prepare_directory(still, names, placement, path, models_in(self._module))
+        return prepare_directory(still, names, placement, path, models_in(self._module), class_name(self._module))
 
     def _prepare_file(
         self, checkpoint: dict[str, Any], path: AnyPath, placement: Placement, options: Optional[Any], beside: bool
@@ -205,8 +214,14 @@ class CheckpointStrategy(MeshStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Union[str, Path], weights_only: Optional[bool] = None) -> dict[str, Any]:
         self._background.wait()
-        path = self._place_of(checkpoint_path)
+        self._loaded_from = path = self._place_of(checkpoint_path)
         self._shard_for_this_run()
+        try:
+            return self._load(path, weights_only)
+        except (ValueError, IndexError) as error:  # of optimizers that have other parameters
+            raise self._other_model(error) from None
+
+    def _load(self, path: AnyPath, weights_only: Optional[bool]) -> dict[str, Any]:
         fitting = self._module.trainer.state.fn == TrainerFn.FITTING
         unsafe = self.config.unsafe_checkpoint_load if weights_only is None else not weights_only
         if raised_together(lambda: is_foreign(path, unsafe)):
@@ -231,6 +246,24 @@ class CheckpointStrategy(MeshStrategy):
     def _of_others(self, path: AnyPath, unsafe: bool, *, fitting: bool) -> dict[str, Any]:
         found = open_any(path, unsafe=unsafe)
         return resumable(found, self._placement, self._module.state_dict().keys(), fitting=fitting)
+
+    def _other_model(self, error: Exception, loaded: Optional[Mapping[str, Any]] = None) -> Exception:
+        """That the checkpoint is of another model, where this is what ``error`` came of; else ``error``."""
+        if self._loaded_from is None:
+            return error
+        try:
+            found = open_any(self._loaded_from, unsafe=self.config.unsafe_checkpoint_load)
+        except Exception:  # it cannot be opened: `error` says so
+            return error
+        frozen, local = self._frozen(), self._module.state_dict()
+        full = {name: tuple(shape.shape) for name, shape in tensors_of(self._module, self._placement).shapes.items()}
+        theirs = {name: tuple(shape.shape) for name, shape in found.model.shapes.items()}
+        if loaded is not None:  # as hooks of the module have renamed it
+            tensors = {n: value for n, value in loaded.items() if isinstance(value, torch.Tensor)}
+            fits = {n for n, value in tensors.items() if n in full and value.shape == local[n].shape}
+            theirs = {n: full[n] if n in fits else theirs.get(n, tuple(value.shape)) for n, value in tensors.items()}
+        ours = {name: shape for name, shape in full.items() if name not in frozen}
+        return other_model(found, theirs, ours, class_name(self._module)) or error
 
     def _check_file(self, path: AnyPath) -> None:
         if not path.exists():

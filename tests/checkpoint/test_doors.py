@@ -170,3 +170,16 @@ def test_directories_of_others_may_be_remote(tmp_path: Path) -> None:
     assert import_(["memory://theirs", str(tmp_path / "ours")]) == 0
     held = open_checkpoint(tmp_path / "ours").model
     assert all(torch.equal(held.read(name), value) for name, value in weights.items())
+
+
+def test_of_an_ordinary_file_only_weights_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ranks(2, trained, 2, 1, None, tmp_path / "one.ckpt", False)
+    arguments = [str(tmp_path / "one.ckpt"), str(tmp_path / "ours")]
+    assert import_(arguments) == 1
+    assert "which `fit(ckpt_path=...)` resumes from as it is" in capsys.readouterr().err
+    assert import_([*arguments, "--weights-only"]) == 0
+    found, want = open_checkpoint(tmp_path / "ours"), torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert found.rest["global_step"] == 4 and "state_dict" not in found.rest and found.rest["optimizer_states"] == []
+    assert all(torch.equal(found.model.read(name), value) for name, value in want["state_dict"].items())
+    assert import_([*arguments[:1], str(tmp_path / "two.ckpt"), "--format", "ckpt", "--weights-only"]) == 1
+    assert "is an ordinary file already" in capsys.readouterr().err

@@ -37,7 +37,8 @@ class Flat(Whole):
 
     def configure_optimizers(self) -> Any:
         made = super().configure_optimizers()
-        matrices = {self.net.up.weight, self.net.down.weight}
+        net: Any = self.net
+        matrices = {net.up.weight, net.down.weight}
         for group, among in zip(made["optimizer"].param_groups, (True, False)):
             group["params"] = [p for p in self.parameters() if (p in matrices) is among]
         return made

@@ -61,29 +61,26 @@ def open_dcp(path: AnyPath, *, unsafe: bool = False) -> Checkpoint:
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     stored, where = metadata.state_dict_metadata, _where(metadata)
     optimizers, others = _optimizers(where)
-    tensors = {key: at for key, at in others.items() if isinstance(stored[key], TensorStorageMetadata)}
+    pieces = {key: at for key, at in stored.items() if isinstance(at, TensorStorageMetadata)}
+    tensors = {key: at for key, at in others.items() if key in pieces}
     root = _model_root(tensors, path)
     keys = {MODEL + _name(at[len(root) :]): key for key, at in tensors.items() if at[: len(root)] == root}
     skeletons = []
     for at, found in enumerate(optimizers):
         skeletons.append(_skeleton(found, reader, stored))
         for name, entries in found.state.items():
-            keys |= {
-                f"optimizers.{at}.{name}.{entry}": key
-                for entry, key in entries.items()
-                if isinstance(stored[key], TensorStorageMetadata)
-            }
+            keys |= {f"optimizers.{at}.{name}.{entry}": key for entry, key in entries.items() if key in pieces}
     rest: dict[str, Any] = {}
     if (path / manifest.REST).is_file():
         rest |= rest_of(path, None, unsafe)
     if skeletons:
         rest["optimizer_states"] = skeletons
     left = sorted(set(others) - set(keys.values()))
-    shapes = {name: _shape(stored[key]) for name, key in keys.items()}
+    shapes = {name: _shape(pieces[key]) for name, key in keys.items()}
     return Checkpoint(
         path,
         rest,
-        Tensors(shapes, lambda name: joined(reader, keys[name], stored[keys[name]])),
+        Tensors(shapes, lambda name: joined(reader, keys[name], pieces[keys[name]])),
         (),
         None,
         writer=_writer(path, root, optimizers),

@@ -129,14 +129,14 @@ def _universal(folder: AnyPath, held: Mapping[tuple[int, int], Mapping[str, Any]
                 states.setdefault(entry.name, {})[name] = parts
     for name, step in _steps(folder, held[0, 0], unsafe).items():
         if name in states:
-            states[name].setdefault("step", _Parts(((),), step.dtype, lambda step=step: [step.clone()]))
+            states[name].setdefault("step", _Parts(((),), step.dtype, partial(_copies, step)))
     return weights, states, []
 
 
 def _steps(folder: AnyPath, first: Mapping[str, Any], unsafe: bool) -> dict[str, Tensor]:
     """The number of steps of each parameter, which ZeRO 3's universal checkpoints have for groups only."""
     inner = _settings(folder.parent, unsafe)[1]
-    found = {}
+    found: dict[str, Tensor] = {}
     for at, group in enumerate(first.get("param_shapes") or ()):
         step = (inner.get("state") or {}).get(at, {}).get("step")
         if step is not None:
@@ -144,9 +144,13 @@ def _steps(folder: AnyPath, first: Mapping[str, Any], unsafe: bool) -> dict[str,
     return found
 
 
+def _copies(value: Tensor) -> list[Tensor]:
+    return [value.clone()]  # optimizers count in place
+
+
 def _parameter(file: AnyPath, unsafe: bool) -> Tensor:
-    held = load(file, unsafe)
-    value = held.get("param") if isinstance(held, dict) else held
+    held: Any = load(file, unsafe)
+    value: Any = held.get("param") if isinstance(held, dict) else held
     return value if isinstance(value, Tensor) else torch.tensor(float(value))
 
 

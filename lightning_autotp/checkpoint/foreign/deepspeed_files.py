@@ -25,7 +25,7 @@ class StandIn:
         self.args = args
 
 
-_HARMLESS = [
+_HARMLESS: list[Any] = [
     (StandIn, name)
     for name in (
         "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
