@@ -9,9 +9,10 @@ from typing import Any, Optional
 from rich.console import Console
 from rich.table import Table
 
+from lightning_autotp.checkpoint.foreign.doors import open_any
 from lightning_autotp.checkpoint.manifest import SAVE_ID
 from lightning_autotp.checkpoint.places import place_of
-from lightning_autotp.checkpoint.tensors import open_checkpoint
+from lightning_autotp.checkpoint.tensors import Checkpoint
 
 
 def main(args: Optional[Sequence[str]] = None) -> int:
@@ -19,7 +20,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     options = _parser().parse_args(args)
     try:
         path = place_of(options.checkpoint)
-        found = open_checkpoint(path, all_bytes=options.checksums)
+        found = open_any(path, all_bytes=options.checksums)
     except (ValueError, OSError, ImportError) as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 1
@@ -27,7 +28,7 @@ def main(args: Optional[Sequence[str]] = None) -> int:
         "path": str(path),
         "form": "directory" if path.is_dir() else "file",
         "complete": True,
-        "written_by": {} if found.manifest is None else dict(found.manifest.written_by),
+        "written_by": _writer(found),
         "save_id": None if found.manifest is None else found.manifest.save_id,
         "lightning": found.rest.get("pytorch-lightning_version"),
         "epoch": found.rest.get("epoch"),
@@ -45,6 +46,12 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     else:
         _show(said, compared=options.checksums)
     return 0
+
+
+def _writer(found: Checkpoint) -> dict[str, Any]:
+    if found.manifest is not None:
+        return dict(found.manifest.written_by)
+    return {"by": found.writer} if found.writer else {}
 
 
 def _show(said: dict[str, Any], *, compared: bool) -> None:

@@ -21,9 +21,10 @@ from lightning_autotp.checkpoint.places import place_of
 from lightning_autotp.checkpoint.tensors import Checkpoint, open_checkpoint
 from lightning_autotp.cli.export import main as export
 from lightning_autotp.cli.import_checkpoint import main as import_
+from lightning_autotp.cli.inspect import main as inspect
 from tests.checkpoint.fixtures.deepspeed.nets import LLAMA, RULES, Fused, groups
 from tests.helpers.closeness import assert_close
-from tests.helpers.rank_pool import run_ranks
+from tests.helpers.rank_pool import RankFailure, run_ranks
 from tests.helpers.small_nets import full_weights, strategy, trainer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "deepspeed"
@@ -116,6 +117,13 @@ def test_training_goes_on_with_the_moments(case: str, tmp_path: Path) -> None:
     assert found.manifest is not None and "of DeepSpeed 0.19.8" in found.manifest.written_by["imported_from"]
 
 
+def test_inspect_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect([str(FIXTURES / "fused-zero-universal"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["written_by"] == {"by": "DeepSpeed 0.19.8 (universal, tp 2, dp 1)"} and said["global_step"] == 3
+    assert said["tensors"]["state_dict.block.qkv.weight"]["shape"] == [32, 16]
+
+
 def test_a_file_for_a_plain_trainer_and_weights_alone(tmp_path: Path) -> None:
     case = str(FIXTURES / "fused-zero-universal")
     assert import_([case, str(tmp_path / "one.ckpt"), "--format", "ckpt", "--submodule", "inner"]) == 0
@@ -154,6 +162,8 @@ def test_what_nobody_recorded_is_merged_by_the_plan_or_refused(
     error = capsys.readouterr().err
     assert "block.norm.weight cannot be merged: DeepSpeed did not record how it was cut; its ranks hold [16]" in error
     assert f"It was written by DeepSpeed {version}" in error and "lightning-autotp import --model CONFIG" in error
+    with pytest.raises(RankFailure, match="lightning-autotp import --model CONFIG"):
+        run_ranks(2, resumed, Path(old), 1)
     (tmp_path / "ds_config.json").write_text(json.dumps({"tensor_parallel": {"partition_config": RULES}}))
     model = ["--model", "tests.checkpoint.fixtures.deepspeed.nets:factory"]
     assert import_([old, out, *model, "--rules", str(tmp_path / "ds_config.json")]) == 0

@@ -145,6 +145,8 @@ def test_hostile_directories_of_others_run_nothing(
         assert message in capsys.readouterr().err
     assert import_(["plain", "out"]) == 0  # what is not the model's is not looked at
     assert not Path("harm-was-done").exists()
+    assert import_(["rest", "trusted", "--unsafe"]) == 0
+    assert Path("harm-was-done").exists()
 
 
 def consolidated(path: Path, out: Path) -> None:
