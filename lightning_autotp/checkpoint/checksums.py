@@ -1,4 +1,4 @@
-"""A checksum of files that costs next to nothing beside writing them."""
+"""Checksums of files: one that costs next to nothing beside writing them, and that of older checkpoints."""
 
 import zlib
 from typing import Any
@@ -41,3 +41,19 @@ class Checksum:
         self._buffer[count:end] = 0
         sums = self._buffer[:end].view("<u8").reshape(-1, _BLOCK // 8).sum(axis=1, dtype=np.uint64)
         return zlib.crc32(sums.astype("<u8").tobytes(), self._crc)
+
+
+class PlainChecksum:
+    """The CRC-32 of all bytes, which manifests of format 1 have."""
+
+    def __init__(self) -> None:
+        self.size = self._crc = 0
+
+    def update(self, data: Any) -> None:
+        """Take the next bytes."""
+        self.size += len(data)
+        self._crc = zlib.crc32(data, self._crc)
+
+    def value(self) -> int:
+        """That of the bytes so far."""
+        return self._crc

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from lightning_autotp.checkpoint.checksums import Checksum
+from lightning_autotp.checkpoint.checksums import Checksum, PlainChecksum
 from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.publish import synchronize
 from lightning_autotp.checkpoint.safe_load import DamagedError, load_plain
@@ -29,6 +29,8 @@ FOLDER = "autotp-"
 """How the folders begin in which files lie where nothing can be renamed."""
 
 _FORMAT = 2
+_CHECKSUM = {1: "crc32", _FORMAT: "checksum"}
+"""What a manifest calls the checksums of files, by its format: 1 has those of all bytes."""
 _SEAL = b"autotp-save:"
 _SEALED = len(_SEAL) + 32
 _FIX = "Load another checkpoint, or copy this one again from where it was complete."
@@ -53,6 +55,7 @@ class Manifest:
         models: what :mod:`~lightning_autotp.checkpoint.hf_record` says of the Hugging Face models in it.
         folder: where in the directory the files are; empty for the directory itself. Where nothing can be renamed, each
             save has a folder of its own, and is there once this says so.
+        format: which checksums ``files`` has.
     """
 
     save_id: str
@@ -60,6 +63,7 @@ class Manifest:
     written_by: Mapping[str, Any] = field(default_factory=dict)
     models: Sequence[Mapping[str, Any]] = ()
     folder: str = ""
+    format: int = _FORMAT
 
     def write(self, directory: AnyPath) -> None:
         """Write it, synchronized."""
@@ -92,13 +96,14 @@ class Manifest:
             crc = said.pop("crc32")
             if crc != _crc_of(said):
                 raise ValueError("its checksum is another")
-            if said["format"] != _FORMAT:
-                raise ValueError(f"its format is {said['format']}, and this version knows {_FORMAT}")
-            files = {name: Written(**written) for name, written in said["files"].items()}
+            if said["format"] not in _CHECKSUM:
+                raise ValueError(f"its format is {said['format']}, and this version knows those up to {_FORMAT}")
+            checksum = _CHECKSUM[said["format"]]
+            files = {name: Written(written["size"], written[checksum]) for name, written in said["files"].items()}
             folder = said.get("folder", "")
             if any(Path(name).name != name or name == ".." for name in [*files, folder]):
                 raise ValueError("it names files outside of the directory")
-            return cls(said["save_id"], files, said["written_by"], said["models"], folder)
+            return cls(said["save_id"], files, said["written_by"], said["models"], folder, said["format"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{directory}: {NAME} is damaged ({error}). {_FIX}") from error
 
@@ -134,7 +139,7 @@ class Manifest:
             DamagedError: if one has other bytes than were written.
         """
         for name in names:
-            if finished(directory / name) != self.files[name]:
+            if finished(directory / name, self.format) != self.files[name]:
                 raise DamagedError(
                     f"{directory}: {name} does not have the bytes that were written: it is damaged, or of another save."
                     f" {_FIX}"
@@ -185,9 +190,9 @@ def seal_of(path: AnyPath) -> str:
     return end[len(_SEAL) :].decode(errors="replace") if end.startswith(_SEAL) else ""
 
 
-def finished(path: AnyPath) -> Written:
-    """The size and checksum of a file that is complete."""
-    checksum = Checksum()
+def finished(path: AnyPath, format_: int = _FORMAT) -> Written:
+    """The size and checksum of a file that is complete, as manifests of this format have it."""
+    checksum = Checksum() if format_ == _FORMAT else PlainChecksum()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
             checksum.update(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 
 from lightning_autotp import parallelize
 from lightning_autotp.checkpoint.safe_load import Reader
+from lightning_autotp.checkpoint.tensors import open_checkpoint
 from tests.helpers.checkpoints import Scheduled, trained
 from tests.helpers.closeness import assert_close
 from tests.helpers.small_nets import RULES, Net, full_weights, plugin_of, strategy, trainer
 
 FIXTURES = Path(__file__).parent / "fixtures"
+FORMAT_1 = FIXTURES / "directory-format-1"
+"""Of the same run, with the first manifest: CRC-32s of all bytes."""
+
 DIRECTORY, FILE, OWN_LOOP = FIXTURES / "directory-0.1.0", FIXTURES / "file-0.1.0.pt", FIXTURES / "own-loop-0.1.0"
 
 
@@ -33,12 +38,12 @@ def weights_in(path: Path) -> dict[str, Tensor]:
 @pytest.mark.ranks(3)
 def test_directory_and_file_load_the_same_weights_at_another_size() -> None:
     want = torch.load(FILE, weights_only=True)["state_dict"]
-    for path in (DIRECTORY, FILE):
+    for path in (DIRECTORY, FORMAT_1, FILE):
         got = weights_in(path)
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("path", [DIRECTORY, FILE], ids=["directory", "file"])
+@pytest.mark.parametrize("path", [DIRECTORY, FORMAT_1, FILE], ids=["directory", "format 1", "file"])
 @pytest.mark.ranks(2)
 def test_a_run_resumes_from_them(path: Path) -> None:
     got, want = trained(2, 2, resume=path), trained(2, 2)
@@ -65,3 +70,14 @@ def test_the_state_of_a_loop_of_ones_own_loads() -> None:
     assert {int(state["step"]) for state in optimizer.state.values()} == {1}
     stored = Reader(OWN_LOOP).read_metadata().state_dict_metadata
     assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == set(before)
+
+
+def test_checksums_of_the_first_manifest_are_compared(tmp_path: Path) -> None:
+    assert open_checkpoint(FORMAT_1, all_bytes=True).manifest is not None
+    shutil.copytree(FORMAT_1, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="__0_0.distcp does not have the bytes that were written"):
+        open_checkpoint(tmp_path / "damaged", all_bytes=True)
