@@ -185,3 +185,15 @@ def test_of_an_ordinary_file_only_weights_are_imported(tmp_path: Path, capsys: p
     assert all(torch.equal(found.model.read(name), value) for name, value in want["state_dict"].items())
     assert import_([*arguments[:1], str(tmp_path / "two.ckpt"), "--format", "ckpt", "--weights-only"]) == 1
     assert "is an ordinary file already" in capsys.readouterr().err
+
+
+def test_numbers_of_an_optimizers_parameters_are_not_taken_for_names(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(3)).sum().backward()
+    optimizer.step()
+    dcp.save({"model": net.state_dict(), "optim": optimizer.state_dict()}, checkpoint_id=tmp_path / "a", no_dist=True)
+    with pytest.warns(UserWarning, match="it numbers parameters, and no names were recorded.*optimizers begin anew"):
+        assert import_([str(tmp_path / "a"), str(tmp_path / "ours")]) == 0
+    found = open_checkpoint(tmp_path / "ours")
+    assert found.rest["optimizer_states"] == [] and torch.equal(found.model.read("bias"), net.bias)

@@ -65,9 +65,11 @@ def open_dcp(path: AnyPath, *, unsafe: bool = False) -> Checkpoint:
     tensors = {key: at for key, at in others.items() if key in pieces}
     root = _model_root(tensors, path)
     keys = {MODEL + _name(at[len(root) :]): key for key, at in tensors.items() if at[: len(root)] == root}
-    skeletons = []
+    skeletons, notes = [_skeleton(found, reader, stored) for found in optimizers], []
+    if any(isinstance(p, int) for s in skeletons for group in s["param_groups"] for p in group.get("params", ())):
+        skeletons, optimizers = [], []
+        notes.append("the optimizer's state is left out: it numbers parameters, and no names were recorded")
     for at, found in enumerate(optimizers):
-        skeletons.append(_skeleton(found, reader, stored))
         for name, entries in found.state.items():
             keys |= {f"optimizers.{at}.{name}.{entry}": key for entry, key in entries.items() if key in pieces}
     rest: dict[str, Any] = {}
@@ -76,6 +78,8 @@ def open_dcp(path: AnyPath, *, unsafe: bool = False) -> Checkpoint:
     if skeletons:
         rest["optimizer_states"] = skeletons
     left = sorted(set(others) - set(keys.values()))
+    if left:
+        notes.append(f"left out, being neither the model's nor an optimizer's: {listed(left)}")
     shapes = {name: _shape(pieces[key]) for name, key in keys.items()}
     return Checkpoint(
         path,
@@ -84,7 +88,7 @@ def open_dcp(path: AnyPath, *, unsafe: bool = False) -> Checkpoint:
         (),
         None,
         writer=_writer(path, root, optimizers),
-        notes=(f"left out, being neither the model's nor an optimizer's: {listed(left)}",) if left else (),
+        notes=tuple(notes),
     )
 
 
