@@ -198,7 +198,7 @@ class Tracer(TorchDispatchMode):
 
     def _forward(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
         own, (outputs, inputs) = module.forward, sizes_of(module) or (0, 0)
-        dim = -1 - len(module.kernel_size) if is_convolution(module) else -1
+        dim = 1 - module.get_parameter("weight").ndim if is_convolution(module) else -1
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             self._paused += 1

@@ -17,8 +17,9 @@ def features_of(module: nn.Module) -> Optional[tuple[int, int]]:
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether this is a convolution of torch's own in which every output channel reads all input channels."""
-    own = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and "forward" not in vars(module)
-    return own and module.groups == 1 and module._parameters.get("weight") is not None
+    if type(module) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or "forward" in vars(module):
+        return False
+    return bool(module.groups == 1) and module._parameters.get("weight") is not None
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from lightning_autotp.derivation.assign import assign_ranks, parts_of
+from lightning_autotp.derivation.assign import Ranks, assign_ranks, parts_of
 from lightning_autotp.derivation.atoms import EVERY, SHARED, Ids
 from lightning_autotp.derivation.features import Features
 
@@ -108,13 +108,13 @@ def test_what_a_follower_needs_follows_too() -> None:
 
 
 def test_parts_are_joined_runs() -> None:
-    ranks = {1: (0,), 2: (0,), 3: (1,), 4: (1,)}
+    ranks: Ranks = {1: (0,), 2: (0,), 3: (1,), 4: (1,)}
     assert parts_of(np.array([1, 1, 2, 3, 4]), ranks, 2) == (((0, 3),), ((3, 2),))
     assert parts_of(np.array([1, 3, 2, 4]), ranks, 2) == (((0, 1), (2, 1)), ((1, 1), (3, 1)))
 
 
 def test_what_some_rank_does_without_is_cut_and_the_rest_is_on_all() -> None:
-    ranks = {1: (0,), 2: (1,)}
+    ranks: Ranks = {1: (0,), 2: (1,)}
     assert parts_of(np.array([EVERY, 1, 2]), ranks, 2) == (((0, 1), (1, 1)), ((0, 1), (2, 1)))
 
 
@@ -124,6 +124,6 @@ def test_what_every_rank_holds_has_no_parts(classes: list[int]) -> None:
 
 
 def test_shared_runs_are_the_same_intervals_on_all_their_ranks() -> None:
-    ranks = {1: (0, 1), 2: (1,), 3: (0,)}
+    ranks: Ranks = {1: (0, 1), 2: (1,), 3: (0,)}
     found = parts_of(np.array([3, 1, 1, 2]), ranks, 2)
     assert found == (((0, 1), (1, 2)), ((1, 2), (3, 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from tests.derivation.models.frame import (
 
 class CausalSelfAttention(nn.Module):
     """nanoGPT's."""
+
+    mask: Tensor
 
     def __init__(self, heads: int = 8) -> None:
         super().__init__()
@@ -46,16 +49,17 @@ class CausalSelfAttention(nn.Module):
 class NanoGPT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.transformer = nn.ModuleDict(
+        table = nn.Embedding(VOCAB, WIDTH)
+        self.transformer: Any = nn.ModuleDict(
             {
-                "wte": nn.Embedding(VOCAB, WIDTH),
+                "wte": table,
                 "wpe": nn.Embedding(TOKENS, WIDTH),
                 "h": nn.ModuleList(nn.ModuleList([CausalSelfAttention(), FeedForward()]) for _ in range(2)),
                 "ln": nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(5)),
             }
         )
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        table.weight = self.lm_head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         t = self.transformer
@@ -180,6 +184,8 @@ class RelativeBias(Heads):
 class SwinBias(Heads):
     """Swin's: a parameter is indexed by distances."""
 
+    index: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(2 * TOKENS, 8))
@@ -193,6 +199,8 @@ class SwinBias(Heads):
 
 class Alibi(Heads):
     """A buffer of slopes, one for each head."""
+
+    alibi: Tensor
 
     def __init__(self) -> None:
         super().__init__()
