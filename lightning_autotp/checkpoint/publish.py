@@ -125,14 +125,16 @@ def write_remotely(path: RemotePath, write: Callable[[IO[bytes]], None]) -> None
 
 
 def remove(path: AnyPath) -> None:
-    """Remove a file, link or directory, if it is there."""
+    """Remove a file, link or directory, if it is there and may be removed."""
     if isinstance(path, RemotePath):
         with suppress(Exception):  # several processes may try
             path.remove()
-    elif path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    elif path.exists():
-        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):  # of a folder that may not be looked into, even this cannot be asked
+        if path.is_symlink() or path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(path: Path) -> None:
