@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -28,6 +29,7 @@ def without_permission(directory: Path) -> Iterator[None]:
     """This thread may read ``directory`` and not write in it, root or not."""
     if os.geteuid() == 0:  # root may do anything: be somebody to whom the directory does not belong
         library = ctypes.CDLL(None)
+        gc.collect()  # groups of earlier tests remove their files when they are collected, and end the process if not
         library.setfsuid(NOBODY)
         try:
             yield
