@@ -192,7 +192,7 @@ def test_fused_weights_with_shared_key_heads_are_saved_once(model_type: str, tmp
     weights = run_ranks(4, _save, str(tmp_path), model_type, True)[0]
     path = tmp_path / "model.ckpt"
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    loaded = {f"state_dict.{name}": torch.empty_like(tensor) for name, tensor in weights.items()}
+    loaded = {f"model.{name}": torch.empty_like(tensor) for name, tensor in weights.items()}
     assert loaded.keys() <= stored.keys()
     dcp.load(loaded, checkpoint_id=path, no_dist=True)
-    assert all(torch.equal(loaded[f"state_dict.{name}"], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(loaded[f"model.{name}"], tensor) for name, tensor in weights.items())
