@@ -84,21 +84,17 @@ def _features(model: nn.Module, prover: Prover, look: Look, tp_size: int) -> Fea
         assert kept.meta is not None
         copy = own_copy(kept.meta)
         shorten(copy, prover.plan)
-    cast = _as_it_is if kept.values is not None else partial(tree_map, to_meta)
 
     def run(model: nn.Module) -> Any:
-        seen = Seen(model, cast=cast, backward=False)
+        seen = Seen(model, backward=False)
+        if kept.values is None:
+            seen.cast = partial(tree_map, to_meta)
         step(seen)
         return seen.losses, seen.outputs
 
     traced = nullcontext() if kept.values is not None else as_traced()
     with quiet(), traced, without_randomness([]):
         return features_of_run(copy.requires_grad_(False), run, tp_size)
-
-
-def _as_it_is(batch: Any) -> Any:
-    """The batch as it is."""
-    return batch
 
 
 class _Search:
@@ -126,6 +122,8 @@ class _Search:
                     good |= ranks
                     repaired.append(alone)
             plan, verdict = self._proved(_completed(self._plan(good), repaired))
+            if verdict.kind == "refuted":
+                plan, verdict = self._proved(_completed(self._plan(good, gather=False), repaired))
         groups = tuple(self._parameters(alike) for names, alike in kinds.items() if names not in dropped)
         told = tuple((", ".join(names), why) for names, why in dropped.items())
         return Derived(plan, verdict, groups, told, self.features.given_up)

@@ -221,13 +221,10 @@ class _Call:
     def do_stack(self) -> list[Optional[Ids]]:
         known = [self.labels(t) for t in self.given["tensors"]]
         if any(ids is None for ids in known):
-            return [None] if self.everywhere(known) else [None]
+            self.atoms.everywhere(*(ids for ids in known if ids is not None))
+            return [None]
         d = int(self.given.get("dim", 0)) % self.outs[0].ndim
         return [narrowed(np.stack(np.broadcast_arrays(*known), d))]
-
-    def everywhere(self, known: Sequence[Optional[Ids]]) -> bool:
-        self.atoms.everywhere(*(ids for ids in known if ids is not None))
-        return True
 
     # -- dims that are mixed ------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lightning_autotp.derivation.assign import Ranks, parts_of
 from lightning_autotp.derivation.atoms import EVERY, Ids
 from lightning_autotp.derivation.features import Features, components
 from lightning_autotp.derivation.trace import is_plain, sizes_of
-from lightning_autotp.introspection.forward_source import delegates
+from lightning_autotp.introspection.forward_source import delegates, reads
 from lightning_autotp.introspection.layers import is_conv1d, is_convolution
 from lightning_autotp.introspection.names import folded
 from lightning_autotp.layout.layout import Interval, Layout, even_widths
@@ -254,16 +254,27 @@ class _Maker:
             reason=f"{SOURCE}: {'by its rows' if kind == 'vocabulary' else 'nothing contracts its outputs alone'}",
         )
 
-    def _agreeing(
-        self, before: Mapping[str, ParameterPlan], made: dict[str, ParameterPlan]
-    ) -> dict[str, ParameterPlan]:
-        """``made``, but for parameters that have several names of which only some could be sharded."""
+    def _agreeing(self, before: Mapping[str, ParameterPlan], made: Entries) -> Entries:
+        """``made``, but for layers with a parameter that has several names of which only some could be sharded.
+
+        A module that only keeps another's parameter, and does not read it, takes it as it is.
+        """
         names: dict[str, list[str]] = defaultdict(list)
         for name, own in self.own_name.items():
             names[own].append(name)
         for same in names.values():
-            if len({made[name].layout for name in same}) > 1:
-                made.update((name, before[name]) for name in same)
+            if len({made[name].layout for name in same}) == 1:
+                continue
+            decided = next((name for name in same if made[name] != before[name]), None)
+            if decided is None:
+                continue
+            others = [name for name in same if made[name] == before[name]]
+            if any(name.rpartition(".")[2] in reads(self.modules[made[name].module]) for name in others):
+                layers = {made[name].module for name in same}  # weights and biases stay together
+                made.update((name, before[name]) for name, entry in made.items() if entry.module in layers)
+            else:
+                kept = made[decided]
+                made.update((n, replace(kept, name=n, module=made[n].module, features=None)) for n in others)
         return made
 
 
