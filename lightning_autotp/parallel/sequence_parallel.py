@@ -189,6 +189,10 @@ def _is_other(x: Tensor, batch: Batch, mesh: Mesh) -> bool:
     return x.shape[1] != part_of(batch.count, batch.length, mesh.tp_size)
 
 
+def _second_of(first: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Optional[Tensor]:
+    return next((second for own, second in pairs if own is first), None)
+
+
 def _attach(module: nn.Module, region: Region, columns: Optional[str], batch: Batch, overlap: Overlap) -> None:
     names = list(inspect.signature(type(module).forward).parameters)
 
@@ -205,28 +209,29 @@ def _attach(module: nn.Module, region: Region, columns: Optional[str], batch: Ba
                 " states; leave it off for this model."
             )
         rows, length = batch.of(x, kwargs, overlap.mesh.tp_size, region.block)
-        done: dict[int, Tensor] = {}
+        done: list[tuple[Tensor, Tensor]] = []  # not by id(), which Dynamo does not follow
 
         def gathered(name: str, value: Tensor) -> Tensor:
             if not hasattr(value, _SIDE):
-                if region.reduces and id(x) in done:  # what is added to its output is this rank's own
+                if region.reduces and _second_of(x, done) is not None:  # what is added to its output is this rank's own
                     return value
                 alike = value.shape == x.shape and not region.reduces and name not in _OF_SEQUENCES
                 if value is not x and (not alike or isinstance(value, nn.Parameter)):
                     return value
-            if id(value) not in done:
-                full = None
-                if value is x and columns is not None:  # through the module, which may be a copy of the sharded one
-                    group: Any = entered.get_submodule(columns).group
-                    full = group.gather(x, overlap, length, rows)
-                if full is None:
-                    full = gather_tokens(value, overlap, reduce=region.reduces, length=length, rows=rows)
-                done[id(value)] = full
-            return done[id(value)]
+            full = _second_of(value, done)
+            if full is not None:
+                return full
+            if value is x and columns is not None:  # through the module, which may be a copy of the sharded one
+                group: Any = entered.get_submodule(columns).group
+                full = group.gather(x, overlap, length, rows)
+            if full is None:
+                full = gather_tokens(value, overlap, reduce=region.reduces, length=length, rows=rows)
+            done.append((value, full))
+            return full
 
         changed = given.changed(gathered)
         if not region.reduces:
-            setattr(done[id(x)], _FULL, True)
+            setattr(_second_of(x, done), _FULL, True)
         return changed
 
     def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

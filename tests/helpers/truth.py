@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_autotp.compat import grouped_experts_in_fp64
 from lightning_autotp.config.training_config import TPTrainingConfig
@@ -137,6 +138,11 @@ def _rank_error(trial: Trial, model: nn.Module, mesh: Mesh, want: Trained) -> fl
 
 def _train(model: nn.Module, batches: Sequence[Batch], found: Sharded | None) -> Trained:
     """Two steps of SGD with momentum, which shows the scale of gradients, and one of AdamW, which shows small ones."""
+    with _WithHeads():
+        return _train_steps(model, batches, found)
+
+
+def _train_steps(model: nn.Module, batches: Sequence[Batch], found: Sharded | None) -> Trained:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = None if found is None else TPGradients(model, found)
@@ -177,6 +183,15 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _WithHeads(TorchFunctionMode):
+    """Refuses attention without any heads, as a rank of a wrong plan may ask for: torch 2.11 ends the process there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and any(t.ndim > 2 and not t.shape[-3] for t in args[:3]):
+            raise ValueError("attention without heads")
+        return func(*args, **(kwargs or {}))
 
 
 def proof_of(trial: Trial, batch: Batch) -> Proof:
