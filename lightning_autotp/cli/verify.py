@@ -64,7 +64,7 @@ def _sweep(names: list[str], sizes: list[int], settings: dict[str, Any], options
     if readme is not None:
         readme.write_text(_between_markers(readme.read_text(), written))
     print(f"\n{written}", end="")
-    kinds = [kind_of(reports) for name, reports in found.items() if name not in NOT_RUNNABLE]
+    kinds = [kind_of([*s.preset, *s.derived]) for name, s in found.items() if name not in NOT_RUNNABLE]
     return 1 if {"fail", "error", "not run"} & set(kinds) or kinds.count("refused") > REFUSALS else 0
 
 

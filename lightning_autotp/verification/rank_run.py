@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_autotp.compat import grouped_experts_in_fp64, tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.distributed.lockstep import Lockstep
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
 from lightning_autotp.plans.plan import ShardingPlan
@@ -30,11 +32,11 @@ from lightning_autotp.proof.error_metrics import (
     tensor_error,
     tensor_errors,
 )
-from lightning_autotp.proof.repair import Repairs
+from lightning_autotp.proof.prover import Look
 from lightning_autotp.proof.step import loss_of_batch, loss_step
 from lightning_autotp.proof.values import Proof, prove_values
 from lightning_autotp.proof.verdict import Verdict
-from lightning_autotp.recipe.make_plan import make_plan
+from lightning_autotp.recipe.engine import plan_once
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.gradients import TPGradients
@@ -85,7 +87,7 @@ class Measured:
 
 
 class Refused(Exception):
-    """make_plan or shard raised a ValueError."""
+    """Making the plan, or sharding by it, raised a ValueError."""
 
 
 class NotNewError(Exception):
@@ -168,25 +170,38 @@ def run_unsharded(case: Case, precision: Precision) -> Run:
     return run
 
 
-def prove(case: Case) -> Proof:
-    """The proof of the first step, with what a run with this config would repair.
+def plan_and_prove(case: Case) -> tuple[ShardingPlan, Proof]:
+    """The plan that a run with this config would train by, and the proof of its first step.
+
+    It is what a run's setup makes: by rules, filled by what is derived of the first batch, or derived from it. A proof
+    that cannot be made says nothing.
 
     Raises:
         Refused: if the plan is refused.
         Exception: what building the model raises.
     """
-    if case.config.proof == "off" or case.tp_size == 1:
-        return Proof(Verdict("unknown"))
 
     def work(mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
         return model, batches[0]
 
     ((model, batch),) = _on_ranks(case, 1, "fp32", work)
-    plan = _plan(case, model)
-    return prove_values(model, plan, case.config, loss_step(loss_of_batch, batch))
+    _prepare(case, model)
+    look = Look("training", (batch,), call=loss_of_batch)
+    try:
+        plan = plan_once(model, case.config, silent_mesh(case.tp_size), lambda: look)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if case.config.proof == "off" or case.tp_size == 1:
+        return plan, Proof(Verdict("unknown"))
+    try:
+        proof = prove_values(model, plan, case.config, loss_step(loss_of_batch, batch))
+    except (Exception, SystemExit) as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        proof = Proof(Verdict("unknown", (Diagnostic("warning", "the step", message),)))
+    return proof.repairs.plan(plan), proof
 
 
-def run_sharded(case: Case, unsharded: Run, precision: Precision, repairs: Repairs) -> list[Measured]:
+def run_sharded(case: Case, plan: ShardingPlan, unsharded: Run, precision: Precision) -> list[Measured]:
     """The sharded run, compared with the unsharded one; one result a rank.
 
     Raises:
@@ -195,7 +210,7 @@ def run_sharded(case: Case, unsharded: Run, precision: Precision, repairs: Repai
     """
 
     def work(mesh: Mesh, model: nn.Module, batches: list[dict[str, Any]]) -> Measured:
-        return _measure(case, unsharded, precision, repairs, mesh, model, batches)
+        return _measure(case, plan, unsharded, precision, mesh, model, batches)
 
     return _on_ranks(case, case.tp_size, precision, work)
 
@@ -238,33 +253,25 @@ def _computing_in(precision: Precision) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _plan(case: Case, model: nn.Module) -> ShardingPlan:
-    """The plan of a model, whose experts are grouped if it is one of transformers'.
-
-    Raises:
-        Refused: if it is refused.
-    """
+def _prepare(case: Case, model: nn.Module) -> None:
+    """Group the experts of a model if it is one of transformers'."""
     if ":" not in case.source:
         from lightning_autotp.model_sources.small import group_experts
 
         group_experts(model)
-    try:
-        return make_plan(model, case.config, case.tp_size)
-    except ValueError as error:
-        raise Refused(str(error)) from error
 
 
 def _measure(
     case: Case,
+    plan: ShardingPlan,
     want: Run,
     precision: Precision,
-    repairs: Repairs,
     mesh: Mesh,
     model: nn.Module,
     batches: list[dict[str, Any]],
 ) -> Measured:
     """One rank's sharded run, compared with the unsharded one."""
-    plan = repairs.plan(_plan(case, model))
+    _prepare(case, model)
     full = {name: p.numel() for name, p in model.named_parameters()}
     try:
         shard(model, plan, mesh, case.config, device=torch.device("cpu"))

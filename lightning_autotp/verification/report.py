@@ -61,6 +61,7 @@ class Report:
         unsharded: whether the exception is one of the unsharded run: nothing was found out about the plan.
         warnings: those of the plan.
         precision: what it was computed in; None if nothing could be compared.
+        proof: what the proof of the first step says: ``proved``, ``refuted`` or ``unknown``.
         seconds: how long it took.
         repaired: what the first step showed that the plan lacks, and was made.
         findings: what the proof found first, of a plan that fails.
@@ -78,6 +79,7 @@ class Report:
     unsharded: bool = False
     warnings: tuple[str, ...] = ()
     precision: Optional[Precision] = None
+    proof: str = "unknown"
     seconds: float = 0.0
     repaired: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
@@ -99,7 +101,7 @@ class Report:
         )
         return (
             f"{start} (in {self.precision}: loss {self.loss:.1e}, gradients {gradient:.1e}, weights {weight:.1e};"
-            f" {len(self.failed)} of {len(self.rows)} parameters differ; a rank holds {self.share:.0%};"
+            f" {len(self.failed)} of {len(self.rows)} parameters differ; {self.proof}; a rank holds {self.share:.0%};"
             f" {self.seconds:.1f} s)"
         )
 
@@ -115,7 +117,7 @@ class Report:
         for (name, cut, source, rule, _), rows in groups.items():
             gradient, weight = max(comparable(r.gradient) for r in rows), max(comparable(r.weight) for r in rows)
             name += f" x{len(rows)}" if len(rows) > 1 else ""
-            decided = f"{source}: {rule}" if rule else "no rule"
+            decided = f"{source}: {rule}" if rule else source or "no rule"
             table.append((f"{gradient:.1e}", f"{weight:.1e}", name, cut, decided, _remark(rows)))
         if len(table) > 1:
             widths = [max(len(line[at]) for line in table) for at in range(5)]

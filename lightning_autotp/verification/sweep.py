@@ -1,50 +1,82 @@
 """Many models verified one after the other, and the table of what was found."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
+from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.verification.report import Report
 from lightning_autotp.verification.verify import verify
 
 _NOTE = 160
 
 
-def sweep(types: Iterable[str], sizes: Sequence[int], **settings: Any) -> dict[str, list[Report]]:
-    """The reports of every model type, one a tensor parallel size; a line is printed as each type is done.
+@dataclass(frozen=True)
+class Swept:
+    """The reports of a model type, one a tensor parallel size.
+
+    Args:
+        preset: by its rules, as a run takes them.
+        derived: without any rules.
+    """
+
+    preset: list[Report]
+    derived: list[Report]
+
+
+def sweep(types: Iterable[str], sizes: Sequence[int], config: TPTrainingConfig, **settings: Any) -> dict[str, Swept]:
+    """The reports of every model type, by its rules and derived; a line is printed as each type is done.
 
     A type that is known not to run unsharded has reports that say so.
     """
     from lightning_autotp.model_sources.small import NOT_RUNNABLE
 
-    found: dict[str, list[Report]] = {}
+    derived = config.model_copy(update={"preset_model": "auto", "partition_config": None})
+    found: dict[str, Swept] = {}
     for name in dict.fromkeys(types):
         if name in NOT_RUNNABLE:
-            found[name] = [Report(name, size, "error", message=NOT_RUNNABLE[name], unsharded=True) for size in sizes]
+            reports = [Report(name, size, "error", message=NOT_RUNNABLE[name], unsharded=True) for size in sizes]
+            found[name] = Swept(reports, reports)
         else:
-            found[name] = [verify(name, size, **settings) for size in sizes]
-        seconds = sum(report.seconds for report in found[name])
-        cells = ", ".join(f"TP={report.tp_size} {_cell(report)}" for report in found[name])
-        print(f"{name}: {cells} ({seconds:.1f} s) {_note(found[name])}".rstrip(), flush=True)
+            found[name] = Swept(*([verify(name, size, c, **settings) for size in sizes] for c in (config, derived)))
+        seconds = sum(report.seconds for report in (*found[name].preset, *found[name].derived))
+        told = "; ".join(
+            f"{how} {', '.join(f'TP={report.tp_size} {_cell(report)}' for report in reports)}"
+            for how, reports in (("rules", found[name].preset), ("derived", found[name].derived))
+        )
+        print(f"{name}: {told} ({seconds:.1f} s) {_note(found[name].preset)}".rstrip(), flush=True)
     return found
 
 
-def table(found: dict[str, list[Report]]) -> str:
+def table(found: dict[str, Swept]) -> str:
     """A markdown table, and a line that counts."""
-    sizes = [report.tp_size for report in next(iter(found.values()), [])]
-    first = f"parameters a rank (TP={sizes[0]})" if sizes else "parameters a rank"
-    heading = ["model type", *(f"TP={size}" for size in sizes), first, "note"]
+    sizes = [report.tp_size for report in next((swept.preset for swept in found.values()), [])]
+    columns = [f"{how}, TP={size}" for how in ("rules", "derived") for size in sizes]
+    heading = ["model type", *columns, "note"]
     lines = [heading, ["---"] * len(heading)]
-    for name, reports in found.items():
-        share = f"{reports[0].share:.0%}" if reports[0].rows else ""
-        lines.append([f"`{name}`", *map(_cell, reports), share, _note(reports).replace("|", r"\|")])
+    for name, swept in found.items():
+        cells = [_cell(report) for report in (*swept.preset, *swept.derived)]
+        lines.append([f"`{name}`", *cells, _note(swept.preset).replace("|", r"\|")])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{summary(found)}\n"
 
 
-def summary(found: dict[str, list[Report]]) -> str:
-    """How many model types there are of each kind."""
-    kinds = [kind_of(reports) for reports in found.values()]
-    counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-    return f"{len(kinds)} model types: {', '.join(counts)}."
+def summary(found: dict[str, Swept]) -> str:
+    """How many model types there are of each kind, by rules and derived, and what a rank holds on average."""
+    told = []
+    for how, of_all in (
+        ("by rules", [s.preset for s in found.values()]),
+        ("derived", [s.derived for s in found.values()]),
+    ):
+        kinds = [kind_of(reports) for reports in of_all]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        shares = [
+            f"{mean(held):.1%} at TP={of_size[0].tp_size}"
+            for of_size in zip(*of_all)
+            if (held := [report.share for report in of_size if report.rows])
+        ]
+        told.append(f"{how} {counts}" + (f"; on average a rank holds {', '.join(shares)}" if shares else ""))
+    return f"{len(found)} model types: {'; '.join(told)}."
 
 
 def kind_of(reports: Sequence[Report]) -> str:
@@ -56,9 +88,13 @@ def kind_of(reports: Sequence[Report]) -> str:
 
 
 def _cell(report: Report) -> str:
+    """The verdict of the numbers, that of the proof, and what a rank holds."""
     if report.unsharded:
         return "not run"
-    return f"fail, {report.failed[0].worst:.0e}" if report.failed else str(report.verdict)
+    if not report.rows:
+        return str(report.verdict)
+    numbers = f"fail, {report.failed[0].worst:.0e}" if report.failed else str(report.verdict)
+    return f"{numbers}, {report.proof}, {report.share:.0%}"
 
 
 def _note(reports: Sequence[Report]) -> str:

@@ -12,8 +12,8 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
-from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.distributed import lockstep
+from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.error_metrics import (
     BOUNDS,
     NOISE,
@@ -24,16 +24,13 @@ from lightning_autotp.proof.error_metrics import (
     comparable,
     largest_errors,
 )
-from lightning_autotp.proof.repair import Repairs
-from lightning_autotp.proof.values import Proof
-from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.verification.rank_run import (
     Case,
     Measured,
     NotNewError,
     Refused,
     Run,
-    prove,
+    plan_and_prove,
     rounding_noise,
     run_sharded,
     run_unsharded,
@@ -66,7 +63,8 @@ def verify(
             dicts of keyword arguments with which ``model(**batch)`` is the loss, or has it as ``loss``. It is called
             for every rank, after ``torch.manual_seed(0)``, and must build a new model each time.
         tp_size: the tensor parallel size; what ``config`` says of it does not matter.
-        config: rules, preset and switches, as ``AutoTPStrategy`` takes them.
+        config: rules, preset and switches, as ``AutoTPStrategy`` takes them; what has no rules is derived from the
+            first batch.
         steps: optimizer steps (AdamW).
         tolerance: the bound on the errors of gradients and weights; None is 1e-4, or 1e-3 for a model that does not run
             in fp64. That of the loss is 1e-6, or 1e-4.
@@ -90,8 +88,8 @@ def verify(
         except _ERRORS as error:
             return report("error", message=_message(error), details=_frames(error), unsharded=True)
         try:
-            proof = _proof(case)
-            precision, ranks = _sharded_ranks(case, unsharded, proof.repairs)
+            plan, proof = plan_and_prove(case)
+            precision, ranks = _sharded_ranks(case, plan, unsharded)
         except Refused as refused:
             return report("refused", message=str(refused))
         except _ERRORS as error:
@@ -113,23 +111,10 @@ def verify(
         forward="" if passed else next((rank.forward for rank in ranks if rank.forward), ""),
         warnings=ranks[0].warnings,
         precision=precision,
+        proof=proof.verdict.kind,
         repaired=tuple(proof.repairs.sentences()),
         findings=() if passed else tuple(str(one) for one in proof.verdict.findings),
     )
-
-
-def _proof(case: Case) -> Proof:
-    """The proof of the first step; one that says nothing where it cannot be made.
-
-    Raises:
-        Refused: if the plan is refused.
-    """
-    try:
-        return prove(case)
-    except Refused:
-        raise
-    except _ERRORS as error:
-        return Proof(Verdict("unknown", (Diagnostic("warning", "the step", _message(error)),)))
 
 
 def _unsharded_runs(case: Case) -> dict[Precision, Run]:
@@ -144,7 +129,7 @@ def _unsharded_runs(case: Case) -> dict[Precision, Run]:
         return {"fp32": run_unsharded(case, "fp32")}
 
 
-def _sharded_ranks(case: Case, unsharded: dict[Precision, Run], repairs: Repairs) -> tuple[Precision, list[Measured]]:
+def _sharded_ranks(case: Case, plan: ShardingPlan, unsharded: dict[Precision, Run]) -> tuple[Precision, list[Measured]]:
     """The sharded run in fp64, and in fp32 if either fails in fp64; a run that is missing is added to ``unsharded``.
 
     Raises:
@@ -152,12 +137,12 @@ def _sharded_ranks(case: Case, unsharded: dict[Precision, Run], repairs: Repairs
     """
     if "fp64" in unsharded:
         try:
-            return "fp64", run_sharded(case, unsharded["fp64"], "fp64", repairs)
+            return "fp64", run_sharded(case, plan, unsharded["fp64"], "fp64")
         except (Refused, NotNewError):
             raise
         except _ERRORS:
             unsharded["fp32"] = run_unsharded(case, "fp32")
-    return "fp32", run_sharded(case, unsharded["fp32"], "fp32", repairs)
+    return "fp32", run_sharded(case, plan, unsharded["fp32"], "fp32")
 
 
 def _noise(case: Case, unsharded: dict[Precision, Run], rank: Measured) -> Optional[list[dict[str, float]]]:

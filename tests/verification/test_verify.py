@@ -504,11 +504,13 @@ def test_a_sweep_writes_a_table(
     )
     assert status == 0
     lines = table.read_text().splitlines()
-    assert lines[0] == "| model type | TP=2 | parameters a rank (TP=2) | note |"
-    assert [line.split(" | ")[1] for line in lines[2:5]] == ["pass", "pass", "not run"]
+    assert lines[0] == "| model type | rules, TP=2 | derived, TP=2 | note |"
+    cells = [line.split(" | ")[1:3] for line in lines[2:5]]
+    assert cells == [["pass, proved, 50%", "pass, proved, 50%"]] * 2 + [["not run", "not run"]]
     assert "does not run unsharded: there is no such type" in lines[4]
     assert readme.read_text() == f"before\n<!-- sweep -->\n\n{table.read_text()}\n<!-- /sweep -->\nbehind\n"
-    assert "llama: TP=2 pass" in capsys.readouterr().out
+    assert "by rules 2 pass, 1 not run; on average a rank holds 50." in lines[-1]
+    assert "llama: rules TP=2 pass" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -518,7 +520,7 @@ def test_a_sweep_writes_a_table(
 def test_a_sweep_fails_on_any_failure_and_on_many_refusals(
     verdict: Any, count: int, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "verify", lambda name, size, **_: Report(name, size, verdict))
+    monkeypatch.setattr(sweep, "verify", lambda name, size, config, **_: Report(name, size, verdict))
     assert verify_command.main(["--sweep", *(f"type{number}" for number in range(count)), "--tp", "2"]) == status
 
 
