@@ -25,13 +25,14 @@ def main(args: Optional[Sequence[str]] = None) -> int:
     """Run the subcommand; returns the exit status: 0 if everything is written."""
     options = _parser().parse_args(args)
     try:
+        out = local_path(options.out)
         found = open_checkpoint(
             place_of(options.checkpoint), unsafe=options.unsafe_checkpoint_load, all_bytes=options.checksums
         )
         if options.format == "ckpt":
-            _to_file(found, Path(options.out))
+            _to_file(found, out)
         else:
-            _to_hugging_face(found, options)
+            _to_hugging_face(found, out, options)
     except (ValueError, OSError, ImportError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
@@ -46,7 +47,7 @@ def _to_file(found: Checkpoint, out: Path) -> None:
         write_file(found, out, progress)
 
 
-def _to_hugging_face(found: Checkpoint, options: argparse.Namespace) -> None:
+def _to_hugging_face(found: Checkpoint, out: Path, options: argparse.Namespace) -> None:
     record = given_record(options) if options.config else chosen(found.models, options.submodule, str(found.path))
     here = [found.path, found.path.parent] if found.path.is_dir() else [found.path.parent]
     beside = [place for place in here if isinstance(place, Path)]
@@ -55,12 +56,25 @@ def _to_hugging_face(found: Checkpoint, options: argparse.Namespace) -> None:
         write_model(
             record,
             found.model,
-            Path(options.out),
+            out,
             merge=options.merge,
             shard_size=_bytes(options.max_shard_size),
             tokenizer=folders,
             progress=progress,
         )
+
+
+def local_path(out: str) -> Path:
+    """The path of what is to be written.
+
+    Raises:
+        ValueError: if it is a URL: files are written in place, which no object store can.
+    """
+    if "://" in out:
+        raise ValueError(
+            f"{out} is a URL; write to a local path and copy that (`aws s3 cp`, say)."
+        )
+    return Path(out)
 
 
 def given_record(options: argparse.Namespace) -> Record:

@@ -20,7 +20,7 @@ from lightning_autotp.checkpoint.hf_twin import twin_of
 from lightning_autotp.checkpoint.places import place_of
 from lightning_autotp.checkpoint.tensors import MODEL, RECORD, Checkpoint
 from lightning_autotp.cli.config_options import config_of
-from lightning_autotp.cli.export import given_record, shown_bar
+from lightning_autotp.cli.export import given_record, local_path, shown_bar
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.full_size import build
 from lightning_autotp.recipe.make_plan import make_plan
@@ -29,8 +29,8 @@ from lightning_autotp.recipe.make_plan import make_plan
 def main(args: Optional[Sequence[str]] = None) -> int:
     """Run the subcommand; returns the exit status: 0 if everything is written."""
     options = _parser().parse_args(args)
-    out = Path(options.out)
     try:
+        out = local_path(options.out)
         _write(_opened(options), out, options)
     except (ValueError, OSError, ImportError) as error:
         print(f"import: {error}", file=sys.stderr)

@@ -114,6 +114,7 @@ def test_a_checkpoint_that_was_copied_from_afar_is_one(tmp_path: Path, capsys: A
     assert inspect.main([url, "--checksums"]) == 0
     assert f"{url}: a directory" in capsys.readouterr().out.replace("\n", "")
     assert export.main([url, str(tmp_path / "one.ckpt"), "--format", "ckpt"]) == 0
+    assert export.main([url, f"{url}.export"]) == 1
     plain = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(plain[name], tensor) for name, tensor in want.items())
 
