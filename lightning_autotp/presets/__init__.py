@@ -103,7 +103,8 @@ def find_preset(name: str) -> Preset:
     """
     if not isinstance(name, str) or name.lower() not in _PRESETS:
         raise ValueError(
-            f"preset_model: there is no preset {name!r}.{nearest(str(name), _PRESETS)} Presets: {', '.join(_PRESETS)}."
+            f"preset_model: there is no preset {name!r}.{nearest(str(name), _PRESETS)} Presets: {', '.join(_PRESETS)};"
+            " other architectures need none: leave it out."
         )
     return _PRESETS[name.lower()]
 
