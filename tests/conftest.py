@@ -17,6 +17,7 @@ from collections.abc import Iterator
 # Set before torch is imported: ranks share the cores, and asking CUDA whether it is there must not initialise it,
 # because ranks are forked.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LIGHTNING_AUTOTP_CACHE", "off")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # Else every rank that compiles starts a pool of processes, which import torch again.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -56,6 +56,13 @@ class Look:
     args: tuple[Any, ...]
     trainer: Any = None
     call: Optional[Callable[[nn.Module, Any], Tensor]] = None
+    own: bool = True
+    """Whether it is a step of the run, and not one that stands in for it."""
+
+    @property
+    def kind(self) -> Key:
+        """What steps have in common that a verdict on one of them holds for."""
+        return self.stage, self.call, self.args[2:], structure(self.args[0])
 
 
 class Prover:
@@ -72,9 +79,14 @@ class Prover:
         self.kept: Optional[Kept] = None
         self._reason = ""
         self._before: Attributes = {}
+        self._trains: Key = ()
         self._seen: set[Key] = set()
         self.trained = 0
         """How many kinds of training steps were seen."""
+        self.known: Optional[tuple[Look, Verdict]] = None
+        """A step that was proved before the model was sharded, which need not be proved again while nothing changes."""
+        self.advice = ""
+        """What an error is to say besides."""
         try:
             self.kept = None if model is None else keep(model, plan)
         except Exception as error:  # a proof that cannot be made must not stop a run
@@ -82,11 +94,11 @@ class Prover:
 
     def sharded(self, model: nn.Module) -> None:
         """Remember what the model looks like once it is sharded."""
-        self._before = attributes(model)
+        self._before, self._trains = attributes(model), _trains(model)
 
     def is_new(self, model: nn.Module, look: Look) -> bool:
         """Whether no step of this kind was seen before; it is from now on."""
-        key = (look.stage, look.call, look.args[2:], structure(look.args[0]), flags(model))
+        key = (*look.kind, flags(model))
         if key in self._seen:
             return False
         self._seen.add(key)
@@ -97,11 +109,16 @@ class Prover:
         """Prove the step of the live, sharded ``model``; an error of the proof itself is an unknown verdict."""
         if self.kept is None:
             return Proof(_unknown(self._reason))
+        if self.known is not None and self.known[0].kind == look.kind and self._is_as_sharded(model):
+            return Proof(self.known[1])
         try:
             with torch.inference_mode(False), torch.enable_grad():  # a Trainer evaluates without
                 return self._prove(self.kept, model, look)
         except Exception as error:
             return Proof(_unknown(f"the proof failed ({type(error).__name__}: {error})"))
+
+    def _is_as_sharded(self, model: nn.Module) -> bool:
+        return attributes(model) == self._before and _trains(model) == self._trains
 
     def _prove(self, kept: Kept, model: nn.Module, look: Look) -> Proof:
         """By values if the model is small enough, or is with fewer blocks; else by the dataflow of a training step."""
@@ -140,7 +157,7 @@ class Prover:
                 proof = Proof(_unknown("the step is too large to be proved by values"))
                 continue
             proof = self._of_batch(made, model, replace(look, args=(shortened, *look.args[1:])))
-            if proof.verdict.kind != "unknown" and not _is_failure_of_rows(proof.verdict, rows):
+            if proof.verdict.kind != "unknown" and (rows is None or not fails_on_ranks(proof.verdict)):
                 return proof
         return proof
 
@@ -255,9 +272,14 @@ def _work(model: nn.Module, batch: Any) -> float:
     return float(max(tokens)) * sum(parameter.numel() for parameter in model.parameters())
 
 
-def _is_failure_of_rows(verdict: Verdict, rows: Optional[int]) -> bool:
-    """Whether ranks failed on a batch of another size than the run's, of which they may ask something."""
-    return rows is not None and any("the sharded step fails" in one.message for one in verdict.findings)
+def fails_on_ranks(verdict: Verdict) -> bool:
+    """Whether ranks failed: with a batch of another size than the run's, of which they may ask something."""
+    return any("the sharded step fails" in one.message for one in verdict.findings)
+
+
+def _trains(model: nn.Module) -> Key:
+    """Which modules are in training mode, and which parameters train."""
+    return tuple(m.training for m in model.modules()), tuple(p.requires_grad for p in model.parameters())
 
 
 def _unknown(reason: str) -> Verdict:

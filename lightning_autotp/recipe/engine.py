@@ -14,9 +14,10 @@ from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.planning.blocks import called_around
-from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look, Prover
-from lightning_autotp.recipe.deriving import Sample, derive_together, fill_together, is_derived, may_fill
+from lightning_autotp.recipe.deriving import derive_together, is_derived
+from lightning_autotp.recipe.found import Planned, Sample
+from lightning_autotp.recipe.improving import improve_together, may_improve
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.recipe.proving import prove_together
 from lightning_autotp.sharding.state import Sharded, sharded, with_plan
@@ -26,25 +27,27 @@ from lightning_autotp.training.gradients import TPGradients, shared_scaler
 from lightning_autotp.training.random_state import share_random_state, warn_of_dropout
 
 
-def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sample) -> ShardingPlan:
+def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sample) -> Planned:
     """The plan that ``model`` was sharded by, or one for it; every process must call it.
 
     Args:
         model: the model.
         config: the config.
         mesh: this process's place.
-        sample: a step to derive a plan from where there are no rules.
+        sample: a step to derive a plan from where there are no rules, and to look at where not all are the user's.
 
     Raises:
         ValueError: if it cannot be planned; on all processes, as a RuntimeError where only others failed.
     """
     found = sharded(model)
     if found is not None:
-        return found.plan
+        return Planned(found.plan)
     if mesh.tp_size > 1 and is_derived(model, config):
         return derive_together(model, config, mesh, sample)
     plan = raised_together(lambda: make_plan(model, config, mesh.tp_size))
-    return fill_together(model, plan, config, mesh, sample) if may_fill(model, plan, config) else plan
+    if may_improve(model, plan, config):
+        return improve_together(model, plan, config, mesh, sample)
+    return Planned(plan)
 
 
 class Engine:

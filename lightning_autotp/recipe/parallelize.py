@@ -70,9 +70,10 @@ def parallelize(
         model.to(switches.dtype)
 
     sample = None if sample_batch is None else Look("training", (sample_batch,), call=loss_fn or loss_of_batch)
-    plan = plan_once(model, switches, mesh, lambda: sample)
+    planned = plan_once(model, switches, mesh, lambda: sample)
+    plan = planned.plan
     look = FirstLook(mesh, switches.check_agreement, switches.check_every_n_steps)
-    prover = prover_of(model, plan, switches, mesh)
+    prover = prover_of(model, planned, switches, mesh)
     if prover is not None:
         if sample is None:
             rank_zero_info("lightning_autotp: no sample_batch was given, so the loss is not proved; call `prove`.")

@@ -15,18 +15,21 @@ from lightning_autotp.proof.prover import Look, Prover, structure
 from lightning_autotp.proof.repair import Repairs
 from lightning_autotp.proof.values import Proof
 from lightning_autotp.proof.verdict import Verdict, worst
+from lightning_autotp.recipe.found import Planned
 
 
 class PlanRefutedError(ValueError):
     """The sharded model would not compute what the unsharded one does."""
 
 
-def prover_of(model: nn.Module, plan: ShardingPlan, config: TPTrainingConfig, mesh: Mesh) -> Optional[Prover]:
+def prover_of(model: nn.Module, planned: Planned, config: TPTrainingConfig, mesh: Mesh) -> Optional[Prover]:
     """A prover of the steps of ``model``, which is still unsharded; None if there is nothing to prove."""
     if config.proof == "off" or mesh.tp_size == 1:
         return None
     # one rank of those that share a model proves for all of them
-    return Prover(model if mesh.tp_rank == 0 else None, plan, config)
+    prover = Prover(model if mesh.tp_rank == 0 else None, planned.plan, config)
+    prover.known, prover.advice = planned.proof, planned.advice
+    return prover
 
 
 def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> Repairs:
@@ -46,7 +49,7 @@ def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> 
     told = mesh.collectives.gather_objects((proof, structure(look.args[0])), "world" if together else "tp")
     _require_one_structure([found for _, found in told], look)
     repairs = next((found.repairs for found, _ in told if found.repairs), Repairs())
-    act_on(worst(found.verdict for found, _ in told), look, prover.switches)
+    act_on(worst(found.verdict for found, _ in told), look, prover.switches, prover.advice)
     if repairs:
         rank_zero_info(f"lightning_autotp: as the {look.stage} step shows, {'; '.join(repairs.sentences())}.")
     return repairs
@@ -63,8 +66,8 @@ def prove_sample(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> Sh
     return prover.plan
 
 
-def act_on(verdict: Verdict, look: Look, switches: TPTrainingConfig) -> None:
-    """Raise, warn or say nothing, as ``switches.proof`` says.
+def act_on(verdict: Verdict, look: Look, switches: TPTrainingConfig, advice: str = "") -> None:
+    """Raise, warn or say nothing, as ``switches.proof`` says; a refutation is told with ``advice``.
 
     Raises:
         PlanRefutedError: see :func:`prove_together`.
@@ -72,6 +75,7 @@ def act_on(verdict: Verdict, look: Look, switches: TPTrainingConfig) -> None:
     step = f"the {look.stage} step"
     if verdict.kind == "refuted":
         text = f"{step} of the sharded model does not compute what that of the unsharded model does.\n{verdict.listed}"
+        text += f"\n{advice}" if advice else ""
         if switches.proof != "warn":
             raise PlanRefutedError(
                 f"{text}\nMend the rules or the code that is named; `proof='warn'` would train all the same."

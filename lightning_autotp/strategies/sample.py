@@ -45,7 +45,7 @@ def sample_of(module: LightningModule, trainer: Trainer, given: Any = None) -> O
     if batch is not None and stage:
         return Look(stage, (batch, 0), trainer)
     example = module.example_input_array
-    return None if example is None else Look("training", (example,), call=_sum_of_outputs)
+    return None if example is None else Look("training", (example,), call=_sum_of_outputs, own=False)
 
 
 def _of_data(source: Any) -> Any:

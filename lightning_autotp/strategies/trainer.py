@@ -204,16 +204,16 @@ class AutoTPStrategy(CheckpointStrategy):
         """Shard and compile the module, unless an earlier run has done it."""
         look = FirstLook(self.mesh, self.config.check_agreement, self.config.check_every_n_steps)
         is_new = sharded(module) is None
-        plan = plan_once(module, self.config, self.mesh, lambda: sample_of(module, trainer, self._sample_batch))
+        planned = plan_once(module, self.config, self.mesh, lambda: sample_of(module, trainer, self._sample_batch))
         if is_new and self.tp_size > 1 and self.is_global_zero:
-            print_plan(plan)
+            print_plan(planned.plan)
         if is_new:
-            self._prover = prover_of(module, plan, self.config, self.mesh)
+            self._prover = prover_of(module, planned, self.config, self.mesh)
         found = shard(
-            module, plan, self.mesh, self.config, device=self.root_device, training=fitting, compare=look.shared
+            module, planned.plan, self.mesh, self.config, device=self.root_device, training=fitting, compare=look.shared
         )
         if self.config.compile:
-            compile_blocks(module, plan)
+            compile_blocks(module, planned.plan)
         return Engine(module, found, look, self._prover)
 
     def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
