@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
 from lightning_autotp.model_sources.small import small_config, small_model
+from lightning_autotp.sharding.state import sharded
 from lightning_autotp.training.consistency import DisagreementError
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import LanguageModel, quiet_trainer, tiny_llama, token_loader
@@ -25,6 +26,7 @@ from tests.helpers.small_nets import (
     Net,
     Regressor,
     Rows,
+    alone,
     parts_of,
     plugin_of,
     strategy,
@@ -284,8 +286,23 @@ def test_setup_refuses_what_a_plan_can_only_show() -> None:
     model = LanguageModel(interleaved_bigcode)
     before = weights(model)
     with pytest.raises(ValueError, match=r"cannot be sharded exactly.*c_attn.*`multi_query` false"):
-        quiet_trainer(strategy=AutoTPStrategy(autotp_size=2)).fit(model, token_loader())
+        quiet_trainer(strategy=AutoTPStrategy(autotp_size=2, proof="off")).fit(model, token_loader())
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items()), "and leaves the model"
+
+
+@pytest.mark.ranks(2)
+def test_what_a_preset_cannot_shard_is_derived_where_it_can_be_proved() -> None:
+    torch.manual_seed(0)
+    model, full = LanguageModel(interleaved_bigcode), LanguageModel(interleaved_bigcode)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer(AutoTPStrategy(autotp_size=2), max_steps=2).fit(model, token_loader())
+    found = sharded(model)
+    assert found is not None
+    assert not found.plan.layouts["model.transformer.h.0.attn.c_attn.weight"].is_replicated
+    full.load_state_dict(before)
+    with alone():
+        trainer("auto", devices=1, max_steps=2).fit(full, token_loader())
+    assert_close(weights(model), parts_of(model, weights(full)), 1e-4, "weight")
 
 
 @pytest.mark.ranks(4)
