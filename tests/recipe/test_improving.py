@@ -104,9 +104,14 @@ def test_a_preset_that_is_wrong_is_replaced_and_trains_as_unsharded(monkeypatch:
 
 @pytest.mark.ranks(2)
 def test_a_preset_that_is_right_is_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    proofs: list[str] = []
+    proofs: list[Any] = []
     real = prover.Prover._prove
-    monkeypatch.setattr(prover.Prover, "_prove", lambda self, *args: proofs.append("") or real(self, *args))
+
+    def counted(self: Any, *args: Any) -> Any:
+        proofs.append(args)
+        return real(self, *args)
+
+    monkeypatch.setattr(prover.Prover, "_prove", counted)
     model = Regressor(Usual)
     trainer(AutoTPStrategy(autotp_size=2)).fit(model)
     assert sources(model) == {"preset llama"}
@@ -140,10 +145,11 @@ def test_rules_of_the_user_are_never_replaced() -> None:
         {"patterns": [r".*(q|k|v)_proj\.weight"], "partition_type": "column"},
         {"patterns": [r".*o_proj\.weight"], "partition_type": "row"},
     ]
-    for more in ({}, {"preset_model": "llama"}):
-        given = {"partition_config": {"layer_specs": specs, "use_default_specs": True}, **more}
+    for preset in (None, "llama"):
+        rules = {"layer_specs": specs, "use_default_specs": True}
+        plugin = AutoTPStrategy(autotp_size=2, partition_config=rules, preset_model=preset)
         with pytest.raises(PlanRefutedError, match="Mend the rules"):
-            trainer(AutoTPStrategy(autotp_size=2, **given)).fit(Regressor(Innermost))
+            trainer(plugin).fit(Regressor(Innermost))
 
 
 @pytest.mark.ranks(2)
