@@ -71,9 +71,7 @@ def local_path(out: str) -> Path:
         ValueError: if it is a URL: files are written in place, which no object store can.
     """
     if "://" in out:
-        raise ValueError(
-            f"{out} is a URL; write to a local path and copy that (`aws s3 cp`, say)."
-        )
+        raise ValueError(f"{out} is a URL; write to a local path and copy that (`aws s3 cp`, say).")
     return Path(out)
 
 

@@ -16,6 +16,7 @@ from lightning_autotp.derivation.digest import digest_of
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look
+from lightning_autotp.proof.repair import Repairs
 from lightning_autotp.proof.verdict import Verdict
 
 Sample = Callable[[], Optional[Look]]
@@ -37,11 +38,13 @@ class Planned:
         plan: the plan.
         proof: a step that was proved with it in this process, and the verdict; None where none was.
         advice: what an error of a later proof is to say besides.
+        repairs: what of the plan a proof has found missing.
     """
 
     plan: ShardingPlan
     proof: Optional[tuple[Look, Verdict]] = None
     advice: str = ""
+    repairs: Repairs = Repairs()
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,13 @@ class Found:
         plan: the plan.
         verdict: of the step, with this plan.
         said: what people should know.
+        repairs: what of the plan the proof has found missing.
     """
 
     plan: ShardingPlan
     verdict: Verdict = NOT_SEEN
     said: tuple[str, ...] = ()
+    repairs: Repairs = Repairs()
 
     def proof_for(self, look: Optional[Look]) -> Optional[tuple[Look, Verdict]]:
         """The step and its verdict, if it was proved in this process and stands for no other step."""

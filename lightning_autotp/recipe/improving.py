@@ -65,7 +65,7 @@ def improve_together(
         if config.proof != "warn" and not fails_on_ranks(found.verdict):
             act_on(found.verdict, look, config, found.said[-1])
         return Planned(plan, advice=found.said[-1])  # it may be right for the rows of the run
-    return Planned(found.plan, found.proof_for(look))
+    return Planned(found.plan, found.proof_for(look), repairs=found.repairs)
 
 
 def _improved(model: nn.Module, plan: ShardingPlan, look: Look, config: TPTrainingConfig) -> Found:
@@ -130,7 +130,7 @@ def _proved(model: nn.Module, plan: ShardingPlan, look: Look, config: TPTraining
     prover.sharded(model)
     proof = prover.prove(model, look)
     said = (f"as the {look.stage} step shows, {'; '.join(proof.repairs.sentences())}.",) if proof.repairs else ()
-    return Found(proof.repairs.plan(plan), proof.verdict, said)
+    return Found(proof.repairs.plan(plan), proof.verdict, said, proof.repairs)
 
 
 def _is_replaceable(plan: ShardingPlan) -> bool:

@@ -188,9 +188,12 @@ def plan_and_prove(case: Case) -> tuple[ShardingPlan, Proof]:
     _prepare(case, model)
     look = Look("training", (batch,), call=loss_of_batch)
     try:
-        plan = plan_once(model, case.config, silent_mesh(case.tp_size), lambda: look)
+        planned = plan_once(model, case.config, silent_mesh(case.tp_size), lambda: look)
     except ValueError as error:
         raise Refused(str(error)) from error
+    plan = planned.plan
+    if planned.proof is not None:
+        return plan, Proof(planned.proof[1], planned.repairs)
     if case.config.proof == "off" or case.tp_size == 1:
         return plan, Proof(Verdict("unknown"))
     try:
