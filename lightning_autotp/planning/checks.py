@@ -294,8 +294,13 @@ def _warnings(
     for number, rule in enumerate(rules):
         if rule.source == "user" and number not in used:
             yield f"partition_config: the rule {rule.spec.patterns} matches no parameter."
+    yield from left_whole(model, entries)
+
+
+def left_whole(model: nn.Module, entries: Mapping[str, ParameterPlan]) -> Iterable[str]:
+    """Sentences on linears that no rule matches and that are whole, and on a small share of weights that is cut."""
     linears = [e for e in entries.values() if e.features is not None and not _is_adapter(e.name)]
-    unmatched = [e.name for e in linears if not e.rule]
+    unmatched = [e.name for e in linears if not e.rule and e.layout.is_replicated]
     if unmatched:
         yield f"no rule matches the linear layers {_names(unmatched)}; every rank holds them whole."
     parameters = dict(model.named_parameters())  # each once, however many names it has

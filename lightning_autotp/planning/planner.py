@@ -22,13 +22,16 @@ from lightning_autotp.plans.plan import Boundary, ParameterPlan, ShardingPlan
 from lightning_autotp.specs.layer_spec import PartitionType, TPLayerSpec
 
 
-def propose_plan(model: nn.Module, config: TPTrainingConfig, tp_size: Optional[int] = None) -> ShardingPlan:
+def propose_plan(
+    model: nn.Module, config: TPTrainingConfig, tp_size: Optional[int] = None, *, warn: bool = True
+) -> ShardingPlan:
     """Decide by the rules alone how every parameter of ``model`` is cut.
 
     Args:
         model: the unsharded model; its parameters may be on the meta device.
         config: the user's config.
         tp_size: the tensor parallel size; None takes the config's.
+        warn: whether to warn of what the user should know, which is in the plan, too.
 
     Raises:
         ValueError: if no rules can be found; if a rule cannot be applied to what it matches; if a column cut is never
@@ -48,7 +51,7 @@ def propose_plan(model: nn.Module, config: TPTrainingConfig, tp_size: Optional[i
     warnings = check(model, entries, boundaries, rules, matcher.used)
     if strict and warnings:
         raise ValueError("strict_mode: " + " ".join(warnings))
-    for warning in warnings:
+    for warning in warnings if warn else ():
         rank_zero_warn(warning)
     columns = _column_linears(matcher.modules, entries)
     attributes = tuple(local_attributes(cutter, entries))

@@ -5,6 +5,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, Optional
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -44,10 +45,12 @@ def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sa
         return Planned(found.plan)
     if mesh.tp_size > 1 and is_derived(model, config):
         return derive_together(model, config, mesh, sample)
-    plan = raised_together(lambda: make_plan(model, config, mesh.tp_size))
-    if may_improve(model, plan, config):
-        return improve_together(model, plan, config, mesh, sample)
-    return Planned(plan)
+    planned = Planned(raised_together(lambda: make_plan(model, config, mesh.tp_size, warn=False)))
+    if may_improve(model, planned.plan, config):
+        planned = improve_together(model, planned.plan, config, mesh, sample)
+    for warning in planned.plan.warnings:
+        rank_zero_warn(warning)
+    return planned
 
 
 class Engine:

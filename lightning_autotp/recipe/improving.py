@@ -11,6 +11,7 @@ from torch import nn
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.fill import filled, gaps
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.planning.checks import left_whole
 from lightning_autotp.planning.sequence_parallel import parallel_sequence
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look, Prover, fails_on_ranks
@@ -75,7 +76,9 @@ def _improved(model: nn.Module, plan: ShardingPlan, look: Look, config: TPTraini
         found, why = _filled(model, plan, look, config)
         if found is not None:
             text = f"no rule says anything of {names}: what can be sharded of them was derived."
-            return replace(found, said=(text, *found.said))
+            of_rules = [one for one in plan.warnings if one not in left_whole(model, plan.parameters)]
+            warnings = (*of_rules, *left_whole(model, found.plan.parameters))
+            return replace(found, plan=replace(found.plan, warnings=warnings), said=(text, *found.said))
         said = (f"no rule says anything of {names}, which stay replicated: {why}",)
     if not _is_replaceable(plan) or not look.own:
         return Found(plan, said=said)
@@ -105,7 +108,7 @@ def _replaced(model: nn.Module, found: Found, look: Look, config: TPTrainingConf
     if failed:
         return replace(found, said=(*found.said, f"In place of the plan of {sources} one was derived: {failed}"))
     text = f"the plan of {sources} is not right here, and is replaced: {why}\nInstead, {told(derived)}"
-    return replace(made, plan=replace(made.plan, warnings=(text,)), said=(*found.said, text, *made.said))
+    return replace(made, plan=replace(made.plan, warnings=(text,)), said=(*found.said, *made.said))
 
 
 def _filled(model: nn.Module, plan: ShardingPlan, look: Look, config: TPTrainingConfig) -> tuple[Optional[Found], str]:

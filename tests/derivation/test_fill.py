@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,13 @@ from lightning_autotp import parallelize
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.derive import derive
 from lightning_autotp.derivation.fill import filled, gaps
+from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.model_sources.small import small_batches, small_config, small_model
 from lightning_autotp.planning.planner import propose_plan
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look
 from lightning_autotp.proof.step import loss_of_batch
+from lightning_autotp.recipe.engine import plan_once
 from lightning_autotp.sharding.state import sharded
 from tests.helpers.hf_trials import trial_of, truth_of
 from tests.helpers.truth import RIGHT, error_of
@@ -79,6 +82,17 @@ def test_it_is_done_at_setup_with_a_sample_and_a_proof(proof: Any) -> None:
     assert found is not None
     assert found.plan.layouts["widen.weight"].is_replicated == (proof == "off")
     assert not found.plan.layouts["language.lm_head.weight"].is_replicated
+
+
+def test_what_is_sharded_is_told_after_gaps_are_filled() -> None:
+    config = small_config("diffllama")
+    look = Look("training", (small_batches(config, 1)[0],), call=loss_of_batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        planned = plan_once(small_model(config), CONFIG, silent_mesh(2), lambda: look)
+    (said,) = planned.plan.warnings
+    assert "k_proj" in said and "q_proj" not in said and "mlp" not in said
+    assert [str(one.message) for one in caught if one.category is UserWarning] == [said]
 
 
 @pytest.mark.long
