@@ -157,6 +157,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def transforms_are_active() -> bool:
+    """Whether transforms of ``torch.func`` are under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called."""
     return module._compiled_call_impl is not None

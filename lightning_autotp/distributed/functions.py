@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_autotp.compat import transforms_are_active
 from lightning_autotp.distributed.mesh import Mesh
-from lightning_autotp.distributed.once_differentiable import once_differentiable
+from lightning_autotp.distributed.twice_differentiable import TransformedFunction, twice_differentiable
 from lightning_autotp.layout.layout import Layout
 
 
@@ -31,62 +32,102 @@ def gather_parts(local: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     return layout.unshard([parts[r, : layout.widths[r]].movedim(0, dim) for r in range(mesh.tp_size)])
 
 
-class _ReduceOutput(torch.autograd.Function):
+def _reduce_output_again(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    return copy_input(grads[0], ctx.mesh), None, None  # each rank goes on with its part alone
+
+
+class _ReduceOutput(TransformedFunction):
     """Forward: all-reduce ``[..., N]`` partial -> ``[..., N]`` full on every rank. Backward: the gradient as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
-        if not torch.compiler.is_compiling() and x.is_contiguous():
-            ctx.mark_dirty(x)
+    def forward(x: Tensor, mesh: Mesh, in_place: bool) -> Tensor:
+        if not in_place and not torch.compiler.is_compiling() and x.is_contiguous():
+            x = x.clone()  # under torch.func's transforms nothing is changed in place
         return mesh.collectives.all_reduce(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return grads[0], None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.mesh, in_place = inputs
+        if in_place:
+            ctx.mark_dirty(x)
+
+    @staticmethod
+    @twice_differentiable(_reduce_output_again)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
-class _GatherOutput(torch.autograd.Function):
+def _gather_output_again(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    return split_input(grads[0], ctx.layout, ctx.mesh), None, None
+
+
+class _GatherOutput(TransformedFunction):
     """Forward: all-gather ``[..., N_r]`` -> ``[..., N]``. Backward: this rank's part of a gradient all ranks share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
-        ctx.layout, ctx.mesh = layout, mesh
+    def forward(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
         last = Layout((*x.shape[:-1], layout.shape[layout.dim or 0]), layout.tp_size, x.ndim - 1, layout.parts)
         return gather_parts(x, last, mesh)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.layout, ctx.mesh = inputs
+
+    @staticmethod
+    @twice_differentiable(_gather_output_again)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         grad, layout = grads[0], ctx.layout
         pieces = [grad.narrow(-1, start, length) for start, length in layout.parts[ctx.mesh.tp_rank]]
         return torch.cat(pieces, -1), None, None
 
 
-class _SplitInput(torch.autograd.Function):
+def _split_input_again(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    return gather_output(grads[0], ctx.last, ctx.mesh), None, None
+
+
+class _SplitInput(TransformedFunction):
     """Forward: this rank's part of ``[..., K]``. Backward: all-gather of the parts of the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
-        ctx.last = Layout(tuple(x.shape), layout.tp_size, x.ndim - 1, layout.parts)
-        ctx.mesh = mesh
-        return ctx.last.shard(x, mesh.tp_rank)
+    def forward(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
+        return _of_features(x.shape, layout).shard(x, mesh.tp_rank)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.layout, ctx.mesh = inputs
+        ctx.last = _of_features(x.shape, ctx.layout)
+
+    @staticmethod
+    @twice_differentiable(_split_input_again)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         return gather_parts(grads[0], ctx.last, ctx.mesh), None, None
 
 
-class _CopyInput(torch.autograd.Function):
+def _of_features(shape: torch.Size, layout: Layout) -> Layout:
+    return Layout(tuple(shape), layout.tp_size, len(shape) - 1, layout.parts)
+
+
+def _copy_input_again(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    grad = grads[0]
+    if not ctx.count:
+        return reduce_output(grad.clone(), ctx.mesh), None, None
+    whole, partial = grad.split([grad.shape[-1] - ctx.count, ctx.count], -1)
+    return torch.cat([whole, reduce_output(partial.clone(), ctx.mesh)], -1), None, None
+
+
+class _CopyInput(TransformedFunction):
     """Forward: ``x`` as it is. Backward: all-reduce of the gradient, of its last ``count`` features or (0) of all."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, mesh: Mesh) -> Tensor:
-        ctx.count, ctx.mesh = count, mesh
+    def forward(x: Tensor, count: int, mesh: Mesh) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.count, ctx.mesh = inputs
+
+    @staticmethod
+    @twice_differentiable(_copy_input_again)
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
         grad = grads[0]
         if not ctx.count:
@@ -95,12 +136,16 @@ class _CopyInput(torch.autograd.Function):
         return torch.cat([whole, ctx.mesh.collectives.all_reduce(partial.contiguous())], -1), None, None
 
 
-class _AddedOnce(torch.autograd.Function):
+class _AddedOnce(TransformedFunction):
     """Forward: ``x`` on the first rank, zeros on the others. Backward: the gradient as it is, which all ranks share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+    def forward(x: Tensor, mesh: Mesh) -> Tensor:
         return x.clone() if mesh.tp_rank == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
@@ -112,7 +157,8 @@ def reduce_output(x: Tensor, mesh: Mesh) -> Tensor:
 
     ``x`` must be a fresh result that nothing else reads: it is reduced in place.
     """
-    reduced: Tensor = _ReduceOutput.apply(x, mesh)
+    in_place = not torch.compiler.is_compiling() and x.is_contiguous() and not transforms_are_active()
+    reduced: Tensor = _ReduceOutput.apply(x, mesh, in_place)
     return reduced
 
 

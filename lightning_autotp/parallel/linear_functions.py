@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_autotp.distributed.functions import copy_input, reduce_output
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
+from lightning_autotp.distributed.twice_differentiable import TransformedFunction, twice_differentiable
 from lightning_autotp.parallel.overlap import Overlap, as_sequences
 
 
@@ -20,7 +22,24 @@ class WaitingResults(Protocol):
         """Drop them: the graph that they hang on goes."""
 
 
-class ColumnLinears(torch.autograd.Function):
+def _column_linears_again(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    x, *weights = ctx.saved_tensors
+    if ctx.columns is not None:
+        ctx.columns.forget()
+    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+    shape = next(g.shape for g in grads if g is not None)[:-1]
+    gx: Optional[Tensor] = None
+    if ctx.needs_input_grad[0]:
+        terms = [g @ w for g, w in zip(flat, weights) if g is not None]
+        gx = sum(terms[1:], terms[0]).view(*shape, weights[0].shape[1])
+        gx = gx if ctx.mesh is None else reduce_output(gx.clone(), ctx.mesh)
+    if x is not None:
+        # its gradient by way of the weights' is a sum over the ranks
+        x = (x if ctx.mesh is None else copy_input(x, ctx.mesh)).flatten(0, -2)
+    return gx, None, None, None, None, *_parameter_gradients(flat, x, ctx.needs_input_grad[5:])
+
+
+class ColumnLinears(TransformedFunction):
     """Linears that read one input: ``y_i = x w_i^T + b_i``, with ``x [..., K]`` whole and ``w_i [N_i, K]`` parts.
 
     Backward: ``gx = sum_i gy_i w_i`` is partial on each rank and is all-reduced, once for all of them (without a mesh
@@ -30,7 +49,6 @@ class ColumnLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         columns: Optional[WaitingResults],
         mesh: Optional[Mesh],
@@ -39,14 +57,18 @@ class ColumnLinears(torch.autograd.Function):
         *params: Optional[Tensor],
     ) -> Any:
         weights, biases = params[:count], params[count:]
-        trains = any(ctx.needs_input_grad[5 : 5 + count])
-        ctx.save_for_backward(x if trains else None, *weights)
-        ctx.columns, ctx.mesh, ctx.overlap = columns, mesh, overlap
-        ctx.set_materialize_grads(False)
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases))  # type: ignore[arg-type]
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, columns, mesh, overlap, count, *params = inputs
+        trains = any(ctx.needs_input_grad[5 : 5 + count])
+        ctx.save_for_backward(x if trains else None, *params[:count])
+        ctx.columns, ctx.mesh, ctx.overlap = columns, mesh, overlap
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @twice_differentiable(_column_linears_again)
     def backward(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
         x, *weights = ctx.saved_tensors
         if ctx.columns is not None:

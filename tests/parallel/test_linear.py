@@ -71,14 +71,35 @@ def test_a_callers_gradient_is_not_overwritten() -> None:
     assert torch.equal(grad, torch.ones_like(out))
 
 
+GATHERED = [spec("up|gate", "column", gather_output=True), spec("down", "row", split_input=True)]
+
+
+@pytest.mark.parametrize("specs", [MLP_SPECS, GATHERED], ids=["column-row", "gathered-split"])
+@pytest.mark.parametrize("width", [24, 27])
 @pytest.mark.ranks(2)
-def test_gradients_of_gradients_are_an_error() -> None:
-    """Not zeros, where the gradient that comes in is a constant, as that of a sum is."""
-    model = shard(seeded(MLP), *MLP_SPECS)
-    x = inputs(5, 16).requires_grad_()
-    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.square().sum().backward()
+def test_gradients_of_gradients(specs: list[dict[str, Any]], width: int) -> None:
+    def slope(model: Any, x: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return grad
+
+    def of_weights(model: Any, x: Tensor) -> Tensor:
+        grads = torch.autograd.grad(model(x).square().sum(), [model.down.bias, x], create_graph=True)
+        return torch.cat([grad.reshape(-1) for grad in grads])
+
+    for run in (slope, of_weights):
+        assert_same(lambda: MLP(width), specs, inputs(3, 5, 16), run)
+
+
+@pytest.mark.ranks(2)
+def test_gradients_of_torch_func() -> None:
+    def slope(model: Any, x: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda x: model(x).square().sum())(x)
+        return found
+
+    for specs in (MLP_SPECS, GATHERED):
+        assert_same(MLP, specs, inputs(5, 16), slope)
+    with pytest.raises(RuntimeError, match="vmap goes over a layer that is sharded for tensor parallelism"):
+        torch.func.vmap(shard(seeded(MLP), *MLP_SPECS))(inputs(5, 16))
 
 
 @pytest.mark.parametrize("frozen", ["up", "gate", "up|gate", "down", "up|gate|down"])
