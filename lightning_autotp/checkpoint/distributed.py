@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_autotp.checkpoint import keys, manifest
 from lightning_autotp.checkpoint.manifest import SAVE_ID, contents_of, rest_of
+from lightning_autotp.checkpoint.other_states import key_of, put_back, said
 from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.safe_load import DamagedError, Planner, Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
@@ -64,6 +65,11 @@ def load_directory(
         for name in key
         if name.startswith(prefix := "state_dict.")
     }
+    states = said(checkpoint)
+    for of_path, names in states.items():
+        for name, parameter in names.items():
+            of_state = key_of(of_path, name)
+            targets[of_state] = target_of(parameter, stored[key[of_state]], placement)
     skeletons = checkpoint.get("optimizer_states", []) if optimizers else []
     for at, skeleton in enumerate(skeletons):
         for name, entries in _states(skeleton).items():
@@ -74,6 +80,7 @@ def load_directory(
     read_into(read, inside, unsafe)
     found = {name: read[key[name]] if local is None else local for name, (local, _) in targets.items()}
     checkpoint["state_dict"] = {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
+    checkpoint = put_back(checkpoint, {p: {n: found[key_of(p, n)] for n in names} for p, names in states.items()})
     if skeletons:
         checkpoint["optimizer_states"] = with_tensors(skeletons, lambda key, _, value: found.get(key, value))
     return checkpoint

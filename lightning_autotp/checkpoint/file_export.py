@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autotp.checkpoint.manifest import SAVE_ID
+from lightning_autotp.checkpoint.other_states import key_of, put_back, said, saying
 from lightning_autotp.checkpoint.publish import beside, remove, write_in_place
 from lightning_autotp.checkpoint.safe_load import plain
 from lightning_autotp.checkpoint.tensors import MODEL, RECORD, Checkpoint
@@ -43,6 +44,8 @@ def write_file(found: Checkpoint, file: Path, progress: Callable[[int], None] = 
                 _numbered(skeleton, partial(_entry, f"optimizers.{at}.", found.tensors.shapes, read))
                 for at, skeleton in enumerate(rest["optimizer_states"])
             ]
+        others = {path: {name: read(key_of(path, name)) for name in names} for path, names in said(rest).items()}
+        made = saying(put_back(made, others), said(rest))
         if found.models:
             made[RECORD] = list(found.models)
         write_in_place(file, partial(torch.save, plain(made)))

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_autotp.checkpoint import keys, manifest
 from lightning_autotp.checkpoint.distributed import by_name, failures_of, skeleton_of, view_of
 from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
+from lightning_autotp.checkpoint.other_states import nested, said, taken_out
 from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.publish import beside, not_saved, put_in_place, remove, remove_leftovers, synchronize
 from lightning_autotp.checkpoint.safe_load import Reader, name_what_is_refused, plain
@@ -62,6 +63,9 @@ def prepare_directory(
     tensors: dict[str, Any] = {keys.MODEL: {n: view_of(n, t, placement) for n, t in rest.pop("state_dict").items()}}
     if optimizers is not None:
         rest["optimizer_states"] = [skeleton_of(s, names[at]) for at, s in enumerate(optimizers)]
+    rest, others = taken_out(rest, states := said(rest))
+    for of_path, held in others.items():
+        nested(tensors, of_path).update({k: view_of(states[of_path][k], t, placement) for k, t in held.items()})
     rest = plain(rest)
     for at, skeleton in enumerate(rest.get("optimizer_states", [])):  # all, for those who do not know of `meta.pt`
         own = by_name(optimizers[at], names[at], placement)

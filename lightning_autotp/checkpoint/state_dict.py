@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,12 +103,7 @@ def full_checkpoint(checkpoint: Mapping[str, Any], names: list[list[str]], place
 
     Every rank must call it; the others get None in place of tensors.
     """
-    first = placement.mesh.tp_rank == 0
-
-    def gather(name: str, value: Any) -> Any:
-        full = placement.gather(name, value)
-        return full if first else None  # one copy of the model is enough for a host
-
+    gather = partial(of_first_rank, placement)
     full = dict(checkpoint)
     full["state_dict"] = {name: gather(name, value) for name, value in checkpoint["state_dict"].items()}
     if "optimizer_states" in checkpoint:
@@ -116,6 +112,12 @@ def full_checkpoint(checkpoint: Mapping[str, Any], names: list[list[str]], place
             for at, state in enumerate(checkpoint["optimizer_states"])
         ]
     return full
+
+
+def of_first_rank(placement: Placement, name: str, value: Any) -> Any:
+    """The full tensor on the first tensor parallel rank, None on others: one copy of the model is enough for a host."""
+    full = placement.gather(name, value)
+    return full if placement.mesh.tp_rank == 0 else None
 
 
 def empty_part(size: torch.Size, dtype: torch.dtype, layout: "Layout | None", rank: int) -> Tensor:

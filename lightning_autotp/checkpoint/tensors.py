@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from lightning_autotp.checkpoint import keys, manifest
 from lightning_autotp.checkpoint.hf_record import Record
 from lightning_autotp.checkpoint.manifest import Manifest, contents_of, rest_of
+from lightning_autotp.checkpoint.other_states import key_of, said
 from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.safe_load import DamagedError, Reader, load_plain
 from lightning_autotp.checkpoint.state_dict import Placement
@@ -66,6 +67,26 @@ class Checkpoint:
     def model(self) -> Tensors:
         """The tensors of the model."""
         return self.tensors.under(MODEL)
+
+    def state(self, key: str) -> Tensors:
+        """The tensors of the mapping at ``key``, with dots between the keys on the way, as ``current_model_state``.
+
+        Raises:
+            ValueError: if there is none; naming those that there are.
+        """
+        others = {key_of(path)[:-1]: path for path in said(self.rest)}
+        if key == MODEL[:-1]:
+            return self.model
+        if self.path.is_dir() and key in others:
+            return self.tensors.under(key_of(others[key]))
+        held: Any = self.rest
+        for part in others.get(key, (key,)):
+            held = held.get(part) if isinstance(held, Mapping) else None
+        if not isinstance(held, Mapping) or not any(isinstance(value, Tensor) for value in held.values()):
+            known = ", ".join(("state_dict", *others))
+            raise ValueError(f"{self.path} has no weights called {key!r}; it has {known}.")
+        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        return Tensors({name: value.to("meta") for name, value in tensors.items()}, tensors.__getitem__)
 
 
 def open_checkpoint(path: AnyPath, *, unsafe: bool = False, all_bytes: bool = False) -> Checkpoint:

@@ -52,10 +52,11 @@ def _to_hugging_face(found: Checkpoint, out: Path, options: argparse.Namespace) 
     here = [found.path, found.path.parent] if found.path.is_dir() else [found.path.parent]
     beside = [place for place in here if isinstance(place, Path)]
     folders = [Path(options.tokenizer)] if options.tokenizer else beside
-    with shown_bar(total_bytes(record, found.model)) as progress:
+    model = found.state(options.state)
+    with shown_bar(total_bytes(record, model)) as progress:
         write_model(
             record,
-            found.model,
+            model,
             out,
             merge=options.merge,
             shard_size=_bytes(options.max_shard_size),
@@ -125,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         help="hf: safetensors and config for from_pretrained; ckpt: one Lightning file, optimizers included (hf)",
     )
     parser.add_argument("--submodule", metavar="PATH", help="where the model is in the LightningModule, as `model`")
+    parser.add_argument(
+        "--state",
+        metavar="KEY",
+        default="state_dict",
+        help="which weights, where there are averages of them, as current_model_state (state_dict)",
+    )
     parser.add_argument("--merge", action="store_true", help="merge adapters (PEFT) into their base")
     parser.add_argument("--max-shard-size", default=f"{SHARD_SIZE // 10**9}GB", metavar="SIZE", help="of a file (5GB)")
     parser.add_argument("--config", metavar="PATH", help="config.json, for checkpoints that do not say theirs")

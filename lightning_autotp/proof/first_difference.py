@@ -28,9 +28,20 @@ def first_difference(full: Events, ranks: Sequence[Events]) -> str:
             where = f"the first value that differs is that of {key}, {list(value.shape)}"
             what = f"the ranks hold {_shapes(local)}, no part and no partial sum of it."
             came = f"{_comes_of(full.operands.get(key, ()), full)}{_sizes(key, full, ranks)}{_written(key, full)}"
-            return f"{where}; {what}{_numbers(key, full, ranks)}{came}"
+            return f"{where}; {what}{_numbers(key, full, ranks)}{came}{_of_a_norm(key, value)}"
         relations[key] = found
     return _gradient(full, ranks, relations)
+
+
+def _of_a_norm(key: Key, value: Tensor) -> str:
+    """What to call where code takes the norm of weights or gradients itself."""
+    if value.ndim or "norm" not in key.function:
+        return ""
+    return (
+        " It is a norm of what a rank holds: `trainer.strategy.grad_norm()` gives that of the whole model's gradient,"
+        " `grad_norms()` those of all parameters, `parameter_norm()` that of its weights; `self.clip_gradients()` and"
+        " `gradient_clip_val` clip by it."
+    )
 
 
 def before_the_failure(ranks: Sequence[Events]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_autotp.proof.watched import Decisions, watch
+from lightning_autotp.training.norms import Norms
 
 COUNTERS = ("global_step", "current_epoch", "fit_loop", "is_last_batch")
 """What of a Trainer changes while it runs."""
@@ -79,6 +80,7 @@ class StandInTrainer:
         names: the run's own parameters by their names, with which its optimizers are found in the copy.
         decisions: notes what is decided by the run's counters.
         stepped: is called with an optimizer's parameters when it steps.
+        norms: of a sharded copy.
         backward: whether to run the backward passes of manual optimization.
     """
 
@@ -89,8 +91,10 @@ class StandInTrainer:
         names: Mapping[int, str],
         decisions: Decisions,
         stepped: Callable[[list[nn.Parameter]], None],
+        norms: Optional[Norms] = None,
         backward: bool = True,
     ) -> None:
+        norms = norms or Norms(module)
         own = dict(module.named_parameters())
         optimizers = [
             StandInOptimizer(optimizer, _groups(optimizer.param_groups, names, own), stepped)
@@ -111,6 +115,9 @@ class StandInTrainer:
             barrier=lambda *_: None,
             broadcast=lambda value, *_: value,
             root_device=torch.device("cpu"),
+            grad_norm=norms.grad_norm,
+            grad_norms=norms.grad_norms,
+            parameter_norm=norms.parameter_norm,
             **sizes,
             **ranks,
         )

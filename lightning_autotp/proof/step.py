@@ -16,6 +16,7 @@ from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.proof.live import attributes
 from lightning_autotp.proof.stand_in import StandInTrainer
 from lightning_autotp.proof.watched import Decisions, watch
+from lightning_autotp.training.norms import Norms
 
 Gradients = dict[str, Tensor]
 
@@ -39,6 +40,8 @@ class Seen:
     """The gradients before they were completed."""
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """What was returned and logged."""
+    norms: Optional[Norms] = None
+    """Norms of a sharded model's gradients and weights."""
     backward: bool = True
     """Whether backward passes are run; without, ``losses`` can be differentiated."""
 
@@ -170,7 +173,7 @@ def _trained_by(step: LightningStep, module: Any, seen: Seen, decisions: Decisio
         seen.backward_ended()
         seen.optimizer_steps(parameters)
 
-    trainer = StandInTrainer(module, step.trainer, step.names, decisions, stepped, backward=seen.backward)
+    trainer = StandInTrainer(module, step.trainer, step.names, decisions, stepped, seen.norms, backward=seen.backward)
 
     def log(name: str, value: Any, *_: Any, **__: Any) -> None:
         _take(value, f"the logged {name!r}", seen.outputs)

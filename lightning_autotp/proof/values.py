@@ -48,6 +48,7 @@ from lightning_autotp.proof.step import Gradients, Seen, Step
 from lightning_autotp.proof.verdict import Kind, Verdict
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.training.gradients import TPGradients
+from lightning_autotp.training.norms import Norms
 
 WRONG: dict[Precision, float] = {"fp64": 1e-3, "fp32": 3e-2}
 """The smallest error of a gradient that is surely wrong; between it and the largest of what is right, rounding may be
@@ -218,7 +219,7 @@ def _run(
         for parameter in copy.parameters():  # a step may change them, and other ranks must not see it
             parameter.data = parameter.data.clone()
         gradients = TPGradients(copy, found)
-        seen = Seen(copy, gradients.complete, lambda batch: tree_map(cast, batch))
+        seen = Seen(copy, gradients.complete, lambda batch: tree_map(cast, batch), norms=Norms(copy, gradients))
         saving = nullcontext() if found.saved is None else found.saved.step()
         with without_randomness([]), saving, watching(copy, 1 + mesh.tp_rank):
             step(seen)

@@ -25,6 +25,7 @@ from lightning_autotp.sharding.state import Sharded, sharded, with_plan
 from lightning_autotp.training.compile import is_compiled
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.gradients import TPGradients, shared_scaler
+from lightning_autotp.training.norms import Norms
 from lightning_autotp.training.random_state import share_random_state, warn_of_dropout
 
 
@@ -78,6 +79,11 @@ class Engine:
         """The gradients, between :meth:`begin_training` and :meth:`end_training`."""
         assert self._gradients is not None, "the engine does not train"
         return self._gradients
+
+    @property
+    def norms(self) -> Norms:
+        """Norms of the unsharded model's gradients and weights, between :meth:`begin_training` and its end."""
+        return Norms(self.model, self.gradients)
 
     # -- a run --------------------------------------------------------------------------------------------------------
 

@@ -30,14 +30,14 @@ from lightning_autotp.recipe.proving import prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.arguments import takes_fields_of
+from lightning_autotp.strategies.callbacks import share_copies
 from lightning_autotp.strategies.sample import sample_of
 from lightning_autotp.strategies.summary import summarize_the_full_model
-from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
+from lightning_autotp.strategies.trainer_features import FeatureStrategy
 from lightning_autotp.strategies.validation import (
     apply_dtype,
     check_processes,
     known_arguments,
-    refuse_callbacks,
     refuse_links,
     refuse_places,
 )
@@ -52,7 +52,7 @@ from lightning_autotp.training.data_parallel import (
 
 
 @takes_fields_of(TPTrainingConfig)
-class AutoTPStrategy(CheckpointStrategy):
+class AutoTPStrategy(FeatureStrategy):
     """Tensor parallel training of any LightningModule, with data parallelism over the remaining processes.
 
     Args:
@@ -187,6 +187,7 @@ class AutoTPStrategy(CheckpointStrategy):
         apply_dtype(module, self.config, str(self.precision_plugin.precision))
         self._engine = self._shard(module.trainer, module, fitting)
         self.model_to_device()
+        share_copies(module.trainer, module, self.mesh, self.config, self.root_device)
         statistics_over_dp(module, self.mesh)
         self._is_sharded = True
 
@@ -221,7 +222,6 @@ class AutoTPStrategy(CheckpointStrategy):
             refuse_links(trainer)
         raised_together(lambda: refuse_places(trainer))
         if self.tp_size > 1:
-            refuse_callbacks(trainer)
             summarize_the_full_model(trainer, module, engine.sharded.plan)
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         engine.begin_training(self.root_device, halves.get(str(self.precision_plugin.precision)))

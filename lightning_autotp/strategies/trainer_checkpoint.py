@@ -21,11 +21,12 @@ from lightning_autotp.checkpoint.hf_record import models_in
 from lightning_autotp.checkpoint.host_copies import HostCopies
 from lightning_autotp.checkpoint.manifest import check_file
 from lightning_autotp.checkpoint.other_model import class_name, other_model
+from lightning_autotp.checkpoint.other_states import full_states_in, mapped, said, saying, states_in, taken_out
 from lightning_autotp.checkpoint.places import AnyPath, place_of
 from lightning_autotp.checkpoint.publish import not_saved, write_in_place, write_remotely
 from lightning_autotp.checkpoint.safe_load import load_with, plain
 from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
-from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, optimizer_names
+from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, of_first_rank, optimizer_names
 from lightning_autotp.checkpoint.tensors import RECORD, tensors_of
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import Processes, raised_together
@@ -125,7 +126,8 @@ class CheckpointStrategy(MeshStrategy):
         if self._mesh is None and not dist.is_initialized() and not self.is_global_zero:
             return  # before any run processes do not know each other, and the first one has all
         placement = self._placement
-        require_alike(checkpoint, placement.layouts.values(), placement.mesh)
+        checkpoint = saying(checkpoint, states := states_in(checkpoint, placement))
+        require_alike(taken_out(checkpoint, states)[0], placement.layouts.values(), placement.mesh)
         # Slurm may end this process as soon as Lightning has saved for it
         beside = self._trains and self.config.async_checkpoint and not path.name.startswith("hpc_ckpt_")
         prepare = self._prepare_directory if self._save_distributed_checkpoint else self._prepare_file
@@ -156,7 +158,8 @@ class CheckpointStrategy(MeshStrategy):
         if self.broadcast(path.is_dir()):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
         names = self._optimizer_names() if "optimizer_states" in checkpoint else []
-        full = plain(full_checkpoint(checkpoint, names, placement))
+        gather = partial(of_first_rank, placement)
+        full = plain(mapped(full_checkpoint(checkpoint, names, placement), said(checkpoint), gather))
         models = models_in(self._module)
         if models:
             full[RECORD] = models
@@ -241,7 +244,8 @@ class CheckpointStrategy(MeshStrategy):
         raised_together(lambda: self._check_file(path))
         full = raised_together(lambda: self._read(path, unsafe))
         state = {name: self._placement.cut(name, value) for name, value in full.get("state_dict", {}).items()}
-        return {**full, "state_dict": state}
+        others = mapped(full, full_states_in(full, self._placement), self._placement.cut, say=False)
+        return {**others, "state_dict": state}
 
     def _of_others(self, path: AnyPath, unsafe: bool, *, fitting: bool) -> dict[str, Any]:
         found = open_any(path, unsafe=unsafe)

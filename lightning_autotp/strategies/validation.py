@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,20 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_autotp.checkpoint.places import try_to_write
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.specs.layer_spec import nearest
-
-
-def refuse_callbacks(trainer: Trainer) -> None:
-    """Refuse callbacks that copied the model before it was sharded.
-
-    Raises:
-        ValueError: with the callback's name.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-            raise ValueError(
-                f"{type(callback).__name__} keeps a copy of the model from before it was sharded, which does not fit"
-                " its parts; it does not work with tensor parallelism."
-            )
 
 
 def refuse_links(trainer: Trainer) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -79,14 +78,6 @@ class Whole(Regressor):
 def test_an_optimizer_that_looks_at_whole_tensors_is_refused() -> None:
     with pytest.raises(ValueError, match="Adafactor looks at whole tensors"):
         trainer(strategy(2)).fit(Whole())
-
-
-@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "WeightAveraging"])
-@pytest.mark.ranks(2)
-def test_a_callback_that_copied_the_whole_model_is_refused(name: str) -> None:
-    callback = StochasticWeightAveraging(swa_lrs=0.1) if name.startswith("S") else WeightAveraging()
-    with pytest.raises(ValueError, match=f"{name} keeps a copy of the model"):
-        trainer(strategy(2), callbacks=[callback]).fit(Regressor())
 
 
 class OwnClipping(Regressor):

@@ -1,0 +1,133 @@
+"""What callbacks hold of a model that ranks share: copies of it are sharded as it is, predictions are written once."""
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import nn
+
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.plans.part import part_of
+from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.sharding.shard import shard
+from lightning_autotp.sharding.state import sharded
+
+_WRITES = ("write_on_batch_end", "write_on_epoch_end")
+
+
+@torch.no_grad()
+def share_copies(
+    trainer: Trainer, module: LightningModule, mesh: Mesh, config: TPTrainingConfig, device: torch.device
+) -> None:
+    """Shard the copies of ``module`` that callbacks made of it before it was sharded; every process must call it.
+
+    Averages of weights (Lightning's ``WeightAveraging``, ``EMAWeightAveraging``, ``StochasticWeightAveraging``, any of
+    one's own) are kept as such copies. They are told by the names and full shapes of their parameters. A copy of a part
+    of the module counts if it has the module's values, on the first process; one that is no copy may stay whole.
+
+    Args:
+        trainer: the Trainer, whose callbacks' attributes are looked at, and what is directly in containers there.
+        module: the sharded module.
+        mesh: this process's place.
+        config: the config.
+        device: where collectives run.
+    """
+    found = sharded(module)
+    assert found is not None
+    if mesh.tp_size == 1:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for held in list(_modules_in(vars(callback))):
+            for parent, name, copied in list(_inside(held)):
+                path = _original(copied, module, found.plan, mesh)
+                if path is None:
+                    continue
+                if any(p.is_meta for p in copied.parameters()):  # its values are the module's, which are made only now
+                    original = module.get_submodule(path)
+                    if parent is None:
+                        _replace(callback, copied, deepcopy(original))
+                    else:
+                        setattr(parent, name, deepcopy(original))
+                    break
+                where = next(copied.parameters()).device
+                shard(copied, part_of(found.plan, path), mesh, config, device=device, training=False)
+                copied.to(where)
+                break  # the outermost one
+
+
+def _modules_in(held: Mapping[str, Any]) -> Iterator[nn.Module]:
+    for value in held.values():
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for one in inner:
+            if isinstance(one, nn.Module):
+                yield one
+
+
+def _inside(held: nn.Module) -> Iterator[tuple[Optional[nn.Module], str, nn.Module]]:
+    """A module of a callback's and all in it, outermost first, each with where it is held."""
+    yield None, "", held
+    for path, module in held.named_modules():
+        for name, child in module.named_children():
+            yield module, name, child
+        del path
+
+
+def _original(copied: nn.Module, module: LightningModule, plan: ShardingPlan, mesh: Mesh) -> Optional[str]:
+    """The path in ``module`` of what ``copied`` is an unsharded copy of; None if it is none."""
+    if sharded(copied) is not None or copied is module:
+        return None
+    own = {name: tuple(p.shape) for name, p in copied.named_parameters()}
+    if not own:
+        return None
+    for path, original in module.named_modules():
+        prefix = f"{path}." if path else ""
+        layouts = {name: plan.layouts[prefix + name] for name, _ in original.named_parameters()}
+        if not isinstance(original, type(copied)) or {n: layout.shape for n, layout in layouts.items()} != own:
+            continue
+        if original is copied or all(layout.is_replicated for layout in layouts.values()):
+            return None
+        if path:
+            parts = dict(original.named_parameters())
+            same = all(
+                not p.is_meta and torch.equal(layouts[n].shard(p, mesh.tp_rank).to(parts[n]), parts[n])
+                for n, p in copied.named_parameters()
+            )
+            if not all(mesh.collectives.gather_objects(same)):
+                continue
+        return path
+    return None
+
+
+def _replace(callback: Any, old: nn.Module, new: nn.Module) -> None:
+    for name, value in vars(callback).items():
+        if value is old:
+            setattr(callback, name, new)
+
+
+def write_once(trainer: Trainer, mesh: Mesh) -> Callable[[], None]:
+    """Let prediction writers write on the first of the ranks that share a model only: the others predict the same.
+
+    Returns:
+        What lets them write again.
+    """
+    quiet: list[tuple[Any, str]] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BasePredictionWriter) and mesh.tp_rank:
+            for name in _WRITES:
+                vars(callback)[name] = _nothing
+                quiet.append((callback, name))
+
+    def again() -> None:
+        while quiet:
+            callback, name = quiet.pop()
+            vars(callback).pop(name, None)
+
+    return again
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass

@@ -1,0 +1,100 @@
+"""What a Lightning strategy does for features of the Trainer that look at a whole model: norms, logs, predictions."""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_autotp.recipe.engine import Engine
+from lightning_autotp.strategies.callbacks import write_once
+from lightning_autotp.strategies.logged import LoggedLook
+from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
+from lightning_autotp.training.norms import Norms, Of
+
+
+class FeatureStrategy(CheckpointStrategy):
+    """Gives norms of the whole model, compares what is logged, and lets one rank of those that predict the same write.
+
+    ``AutoTPStrategy`` is this and all the rest.
+    """
+
+    _engine: Optional[Engine]
+    _logged: Optional[LoggedLook] = None
+    _write_again: Optional[Callable[[], None]] = None
+
+    @property
+    def _norms(self) -> Norms:
+        if self._engine is None:
+            raise RuntimeError("the model is not sharded yet; ask for norms in a hook or a step of a run.")
+        return self._engine.norms
+
+    def grad_norm(self, of: Of = None, norm_type: float = 2.0) -> Tensor:
+        """The norm of the unsharded model's gradient, the same on every rank; all of them must call it.
+
+        As in a plain Trainer, it is that of what ``.grad`` holds: between the backward pass and the optimizer, in
+        ``on_before_optimizer_step`` say, or after ``manual_backward``.
+
+        Args:
+            of: a module, a parameter or some of them; None takes all of the model. Those without a gradient are left
+                out.
+            norm_type: of the p-norm; ``inf`` is the largest element.
+        """
+        return self._norms.grad_norm(of, norm_type)
+
+    def grad_norms(
+        self, of: Optional[nn.Module] = None, norm_type: float = 2.0, separator: str = "/"
+    ) -> dict[str, Tensor]:
+        """What ``lightning.pytorch.utilities.grad_norm`` gives, under its names, of the unsharded model; to be logged.
+
+        Args:
+            of: a module; None takes all of the model.
+            norm_type: of the p-norm.
+            separator: stands before the name of a parameter.
+        """
+        return self._norms.grad_norms(of, norm_type, separator)
+
+    def parameter_norm(self, of: Of = None, norm_type: float = 2.0) -> Tensor:
+        """The norm of the unsharded model's weights, the same on every rank; see :meth:`grad_norm`."""
+        return self._norms.parameter_norm(of, norm_type)
+
+    # -- what is logged
+
+    @property
+    def _look_at_logs(self) -> LoggedLook:
+        if self._logged is None:
+            self._logged = LoggedLook(self.mesh, self.config.check_agreement)
+        return self._logged
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._look_at_logs.before_step(self._module.trainer)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._look_at_logs.at_end(self._module.trainer, "train")
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        self._look_at_logs.at_end(self._module.trainer, "validation")
+
+    @override
+    def on_test_end(self) -> None:
+        super().on_test_end()
+        self._look_at_logs.at_end(self._module.trainer, "test")
+
+    # -- what is predicted
+
+    @override
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        self._write_again = write_once(self._module.trainer, self.mesh)
+
+    @override
+    def on_predict_end(self) -> None:
+        super().on_predict_end()
+        if self._write_again is not None:
+            self._write_again()

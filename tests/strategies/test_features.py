@@ -1,0 +1,69 @@
+"""What a user turns on in a Trainer gives the numbers of the plain Trainer, or is refused with a sentence.
+
+All features of a layout run in one job; a test of its own says what each gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import rank_pool
+from tests.helpers.closeness import assert_close
+from tests.helpers.features.averages import AVERAGES
+from tests.helpers.features.frame import Outcome, alone_outcome, outcomes
+from tests.helpers.features.loops import LOOPS
+from tests.helpers.features.steps import STEPS
+
+FEATURES = {**LOOPS, **STEPS, **AVERAGES}
+LAYOUTS = {"tp2": (2, 2), "tp4": (4, 4), "tp2xdp2": (4, 2)}
+QUICK = {"tp2xdp2": ["gan", "unused-in-some-steps", "ema", "prediction-writer", "torchmetrics"], "tp2": list(FEATURES)}
+"""What is tried always."""
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(layout, name, marks=() if name in QUICK.get(layout, ()) else pytest.mark.long)
+        for layout in LAYOUTS
+        for name in FEATURES
+    ]
+
+
+def _job(names: list[str], tp_size: int, directory: str) -> dict[str, Outcome]:
+    return outcomes({name: FEATURES[name] for name in names}, tp_size, Path(directory))
+
+
+@functools.cache
+def _sharded(layout: str, quick: bool) -> list[dict[str, Outcome]]:
+    names = QUICK.get(layout, []) if quick else [n for n in FEATURES if n not in QUICK.get(layout, [])]
+    ranks, tp_size = LAYOUTS[layout]
+    with tempfile.TemporaryDirectory() as directory:
+        found: list[dict[str, Outcome]] = rank_pool.run_ranks(ranks, _job, names, tp_size, directory, timeout=250)
+    return found
+
+
+@functools.cache
+def _plain(name: str) -> Outcome:
+    with tempfile.TemporaryDirectory() as directory:
+        return alone_outcome(FEATURES[name], Path(directory))
+
+
+@pytest.mark.parametrize("layout,name", _cases())
+def test_a_feature_gives_what_it_gives_in_a_plain_trainer(layout: str, name: str) -> None:
+    feature = FEATURES[name]
+    found = [of_rank[name] for of_rank in _sharded(layout, name in QUICK.get(layout, []))]
+    if feature.refused:
+        assert all(feature.refused in outcome.error for outcome in found), found[0].error or "it was not refused"
+        return
+    want = _plain(name)
+    assert not want.error, want.error
+    for outcome in found:
+        assert not outcome.error, outcome.error
+        assert outcome.exact == want.exact
+        losses = {n: t for n, t in want.tensors.items() if n == "losses" or n.startswith("metric")}
+        assert_close({n: outcome.tensors[n] for n in losses}, losses, 1e-5, "loss and metrics")
+        assert_close(outcome.tensors, want.tensors, 1e-4, "weights and results")
