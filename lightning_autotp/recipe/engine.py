@@ -27,6 +27,7 @@ from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.gradients import TPGradients, shared_scaler
 from lightning_autotp.training.norms import Norms
 from lightning_autotp.training.random_state import share_random_state, warn_of_dropout
+from lightning_autotp.training.replicas import ReplicasLook
 
 
 def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sample) -> Planned:
@@ -72,6 +73,7 @@ class Engine:
         self.look, self.prover = look, prover
         if prover is not None:
             prover.sharded(model)
+        self.replicas = ReplicasLook(model, found.mesh, look.enabled)
         self._gradients: Optional[TPGradients] = None
 
     @property
@@ -189,6 +191,8 @@ class Engine:
         if self._gradients is not None:  # None when users step on after a run
             self.look.gradients(self._gradients, optimizer)
             self._gradients.complete()
+            if optimizer is not None:
+                self.replicas.before(optimizer)
 
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The 2-norm of the unsharded model's gradient with respect to ``parameters``; the same on every rank."""

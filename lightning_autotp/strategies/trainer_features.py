@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Optional
 
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -11,6 +12,7 @@ from lightning_autotp.strategies.callbacks import write_once
 from lightning_autotp.strategies.logged import LoggedLook
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
 from lightning_autotp.training.norms import Norms, Of
+from lightning_autotp.training.random_state import share_random_state
 
 
 class FeatureStrategy(CheckpointStrategy):
@@ -77,6 +79,21 @@ class FeatureStrategy(CheckpointStrategy):
         self._look_at_logs.at_end(self._module.trainer, "train")
 
     @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._draw_alike()
+
+    @override
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        self._draw_alike()
+
+    def _draw_alike(self) -> None:
+        """Ranks that share a model draw the same numbers, sampled tokens say; a fit sees to that itself."""
+        if self._module.trainer.state.fn != TrainerFn.FITTING:
+            share_random_state(self.mesh, self.root_device)
+
+    @override
     def on_validation_end(self) -> None:
         super().on_validation_end()
         self._look_at_logs.at_end(self._module.trainer, "validation")
@@ -91,6 +108,7 @@ class FeatureStrategy(CheckpointStrategy):
     @override
     def on_predict_start(self) -> None:
         super().on_predict_start()
+        self._draw_alike()
         self._write_again = write_once(self._module.trainer, self.mesh)
 
     @override

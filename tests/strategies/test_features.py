@@ -21,8 +21,16 @@ from tests.helpers.features.steps import STEPS
 
 FEATURES = {**LOOPS, **STEPS, **AVERAGES}
 LAYOUTS = {"tp2": (2, 2), "tp4": (4, 4), "tp2xdp2": (4, 2)}
-QUICK = {"tp2xdp2": ["gan", "unused-in-some-steps", "ema", "prediction-writer", "torchmetrics"], "tp2": list(FEATURES)}
+QUICK = {
+    "tp2xdp2": ["gan", "unused-in-some-steps", "ema", "prediction-writer", "torchmetrics", "generate"],
+    "tp2": list(FEATURES),
+}
 """What is tried always."""
+
+
+def _others(layout: str) -> list[str]:
+    """What is tried only where there is time."""
+    return [n for n in FEATURES if n not in QUICK.get(layout, []) and (FEATURES[n].replicas or "dp" not in layout)]
 
 
 def _cases() -> list[Any]:
@@ -30,6 +38,7 @@ def _cases() -> list[Any]:
         pytest.param(layout, name, marks=() if name in QUICK.get(layout, ()) else pytest.mark.long)
         for layout in LAYOUTS
         for name in FEATURES
+        if name in {*QUICK.get(layout, ()), *_others(layout)}
     ]
 
 
@@ -39,7 +48,7 @@ def _job(names: list[str], tp_size: int, directory: str) -> dict[str, Outcome]:
 
 @functools.cache
 def _sharded(layout: str, quick: bool) -> list[dict[str, Outcome]]:
-    names = QUICK.get(layout, []) if quick else [n for n in FEATURES if n not in QUICK.get(layout, [])]
+    names = QUICK.get(layout, []) if quick else _others(layout)
     ranks, tp_size = LAYOUTS[layout]
     with tempfile.TemporaryDirectory() as directory:
         found: list[dict[str, Outcome]] = rank_pool.run_ranks(ranks, _job, names, tp_size, directory, timeout=250)
@@ -56,8 +65,9 @@ def _plain(name: str) -> Outcome:
 def test_a_feature_gives_what_it_gives_in_a_plain_trainer(layout: str, name: str) -> None:
     feature = FEATURES[name]
     found = [of_rank[name] for of_rank in _sharded(layout, name in QUICK.get(layout, []))]
-    if feature.refused:
-        assert all(feature.refused in outcome.error for outcome in found), found[0].error or "it was not refused"
+    refused = feature.refused or ("dp" in layout and feature.refused_by_replicas)
+    if refused:
+        assert all(refused in outcome.error for outcome in found), found[0].error or "it was not refused"
         return
     want = _plain(name)
     assert not want.error, want.error

@@ -76,6 +76,8 @@ class Feature:
         strategy: options of the strategy.
         run: what is called; what it returns is compared, too.
         refused: what the error says where this cannot be exact; it is raised on all ranks.
+        refused_by_replicas: the same where there is data parallelism.
+        replicas: whether it is tried with data parallelism.
     """
 
     make: Callable[[], Recorded] = Recorded
@@ -83,6 +85,8 @@ class Feature:
     strategy: Mapping[str, Any] = field(default_factory=dict)
     run: Callable[[Trainer, Any, Path], Any] = fit
     refused: str = ""
+    refused_by_replicas: str = ""
+    replicas: bool = True
 
 
 @dataclass

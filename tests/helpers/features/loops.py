@@ -23,6 +23,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MeanSquaredError, SumMetric
 
 from tests.helpers.features.frame import Feature, Recorded
+from tests.helpers.models import next_token_loss, tiny_llama
 
 # ---- hooks
 
@@ -207,6 +208,42 @@ class Measured(Recorded):
         self.log("val_loss", self.loss(batch), sync_dist=True)
 
 
+# ---- generation
+
+
+class Generating(Recorded):
+    """Generates in its validation and predict steps."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(tiny_llama, layers=1, hidden=32, heads=4, kv_heads=4, vocab=64))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return next_token_loss(self.net(self.tokens(batch)).logits, self.tokens(batch))
+
+    def tokens(self, batch: Tensor) -> Tensor:
+        """Some tokens ``[B, 8]`` for rows."""
+        return (batch.abs() * 20).long() % 64
+
+    def generated(self, batch: Tensor, **options: Any) -> Tensor:
+        """The tokens that follow, as floats to be averaged."""
+        options = {"do_sample": False, "use_cache": True, "max_new_tokens": 4, "pad_token_id": 0} | options
+        found: Tensor = self.net.generate(self.tokens(batch), **options)  # type: ignore[operator]
+        return found[:, 8:].float()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+        self.log("generated", self.generated(batch).mean(), sync_dist=True)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.generated(batch, num_beams=2)
+
+
+def _generates(run: Trainer, model: Any, directory: Path) -> Any:
+    result = _predictions(run, model, directory)
+    torch.manual_seed(5)
+    return result | {"after": model.generated(torch.ones(3, 8), do_sample=True)}
+
+
 # ---- runs one after another
 
 
@@ -261,6 +298,7 @@ LOOPS: dict[str, Feature] = {
         WithRate,
         lambda d: {"callbacks": [LearningRateFinder(num_training_steps=5, early_stop_threshold=None)]},
         run=_found_rate,
+        replicas=False,  # each looks at its own losses, as in Lightning's DDP
     ),
     "timer": Feature(options=lambda d: {"callbacks": [Timer("00:01:00:00")]}),
     "prediction-writer": Feature(options=lambda d: {"callbacks": [Writer(d)]}, run=_written),
@@ -268,5 +306,6 @@ LOOPS: dict[str, Feature] = {
     "overfit-batches": Feature(options=lambda d: {"overfit_batches": 2, "max_epochs": 3}, run=_overfit),
     "torchmetrics": Feature(Measured, run=_then_test),
     "validate-fit-test": Feature(run=_before_and_after),
+    "generate": Feature(Generating, strategy={"partition_config": None}, run=_generates),
     "fit-again": Feature(run=_again),
 }

@@ -88,23 +88,28 @@ class Adversarial(Manual):
 class Penalized(Recorded):
     """A gradient penalty: the gradient of a gradient."""
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+    def penalized(self, batch: Tensor) -> Tensor:
+        """The loss and a penalty of each row's slope."""
         batch = batch.clone().requires_grad_()
-        loss = self.loss(batch)
-        (slope,) = torch.autograd.grad(loss, batch, create_graph=True)
-        return self.keep(loss + 10 * slope.square().sum())
+        rows = (self.net(batch) - batch.flip(-1)).square().mean(-1)
+        (slope,) = torch.autograd.grad(rows.sum(), batch, create_graph=True)
+        return self.keep(rows.mean() + slope.square().sum(-1).mean())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.penalized(batch)
 
 
-class PenalizedByHand(Manual):
+class PenalizedByHand(Penalized):
     """The same in manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        batch = batch.clone().requires_grad_()
-        loss = self.loss(batch)
-        (slope,) = torch.autograd.grad(loss, batch, create_graph=True)
-        self.manual_backward(self.keep(loss + 10 * slope.square().sum()))
+        self.manual_backward(self.penalized(batch))
         optimizer.step()
 
 
@@ -265,7 +270,7 @@ STEPS: dict[str, Feature] = {
     "gradient-penalty": Feature(Penalized),
     "gradient-penalty-by-hand": Feature(PenalizedByHand),
     "functional-call": Feature(Functional),
-    "func-grad": Feature(FunctionalGrad),
+    "func-grad": Feature(FunctionalGrad, refused_by_replicas="were not averaged over the replicas"),
     "vmap": Feature(Vectorized, refused="tensor paralleli"),
     "sam": Feature(Sharpness),
     "sam-of-local-norms": Feature(NaiveSharpness, refused="grad_norm"),
