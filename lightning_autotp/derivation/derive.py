@@ -19,6 +19,7 @@ from lightning_autotp.introspection.names import folded
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.copying import own_copy
 from lightning_autotp.proof.dataflow_proof import as_traced
+from lightning_autotp.proof.processes import WithoutProcesses
 from lightning_autotp.proof.prover import Look, Prover, few_rows, step_of, to_meta
 from lightning_autotp.proof.randomness import without_randomness
 from lightning_autotp.proof.shorten import shorten
@@ -93,7 +94,7 @@ def _features(model: nn.Module, prover: Prover, look: Look, tp_size: int) -> Fea
         return seen.losses, seen.outputs
 
     traced = nullcontext() if kept.values is not None else as_traced()
-    with quiet(), traced, without_randomness([]):
+    with quiet(), traced, WithoutProcesses(), without_randomness([]):
         return features_of_run(copy.requires_grad_(False), run, tp_size)
 
 

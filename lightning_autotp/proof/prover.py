@@ -18,6 +18,7 @@ from lightning_autotp.proof.claims import NEEDS_SUM
 from lightning_autotp.proof.copying import empty_copy, fill, own_copy
 from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.live import Attributes, as_live, attributes, flags
+from lightning_autotp.proof.processes import WithoutProcesses
 from lightning_autotp.proof.repair import proved_or_repaired
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
@@ -146,7 +147,7 @@ class Prover:
             verdict = prove_flow(made, plan, self.switches, loss)
             return verdict, tuple(one.where for one in verdict.findings if one.fix == NEEDS_SUM)
 
-        with quiet():
+        with quiet(), WithoutProcesses():
             return Proof(*proved_or_repaired(made, self.plan, prove, REPAIRED_IN))
 
     def _by_values(self, made: nn.Module, model: nn.Module, look: Look) -> Proof:

@@ -40,6 +40,7 @@ from lightning_autotp.proof.error_metrics import (
 )
 from lightning_autotp.proof.events import Events, opaque_modules
 from lightning_autotp.proof.first_difference import before_the_failure, first_difference
+from lightning_autotp.proof.processes import WithoutProcesses
 from lightning_autotp.proof.randomness import without_randomness
 from lightning_autotp.proof.repair import Repairs, proved_or_repaired
 from lightning_autotp.proof.rounded import Rounded
@@ -206,7 +207,7 @@ def _run(
 
     def unsharded(mesh: Mesh) -> Seen:
         seen = Seen(own_copy(model), cast=lambda batch: tree_map(cast, batch))
-        with without_randomness(lines), watching(seen.model, 0), rounded:
+        with WithoutProcesses(), without_randomness(lines), watching(seen.model, 0), rounded:
             step(seen)
         return seen
 
@@ -221,7 +222,7 @@ def _run(
         gradients = TPGradients(copy, found)
         seen = Seen(copy, gradients.complete, lambda batch: tree_map(cast, batch), norms=Norms(copy, gradients))
         saving = nullcontext() if found.saved is None else found.saved.step()
-        with without_randomness([]), saving, watching(copy, 1 + mesh.tp_rank):
+        with WithoutProcesses(), without_randomness([]), saving, watching(copy, 1 + mesh.tp_rank):
             step(seen)
         gradients.remove()
         return seen

@@ -45,6 +45,7 @@ def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sa
     found = sharded(model)
     if found is not None:
         return Planned(found.plan)
+    _refuse_sharded_parts(model)
     if mesh.tp_size > 1 and is_derived(model, config):
         return derive_together(model, config, mesh, sample)
     planned = Planned(raised_together(lambda: make_plan(model, config, mesh.tp_size, warn=False)))
@@ -53,6 +54,17 @@ def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sa
     for warning in planned.plan.warnings:
         rank_zero_warn(warning)
     return planned
+
+
+def _refuse_sharded_parts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        found = sharded(module)
+        if found is not None and found.mesh.tp_size > 1:
+            raise ValueError(
+                f"{path} was sharded for a tensor parallel size of {found.mesh.tp_size} by a run of its own, and cannot"
+                " be a part of another model's plan. To call it only (a teacher), keep it out of the modules, as in"
+                " `self.teacher = [teacher]`; to train it, build it anew and load its checkpoint."
+            )
 
 
 class Engine:

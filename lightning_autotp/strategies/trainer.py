@@ -38,6 +38,7 @@ from lightning_autotp.strategies.validation import (
     apply_dtype,
     check_processes,
     known_arguments,
+    refuse_callbacks,
     refuse_links,
     refuse_places,
 )
@@ -136,12 +137,6 @@ class AutoTPStrategy(FeatureStrategy):
             " (not for the Trainer of `pytorch_lightning`)"
         )
 
-    @property
-    def engine(self) -> Engine:
-        """What happens around the steps of this run; known once setup has sharded the model."""
-        assert self._engine is not None
-        return self._engine
-
     # -- processes ----------------------------------------------------------------------------------------------------
 
     @override
@@ -222,6 +217,7 @@ class AutoTPStrategy(FeatureStrategy):
             refuse_links(trainer)
         raised_together(lambda: refuse_places(trainer))
         if self.tp_size > 1:
+            refuse_callbacks(trainer)
             summarize_the_full_model(trainer, module, engine.sharded.plan)
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         engine.begin_training(self.root_device, halves.get(str(self.precision_plugin.precision)))
@@ -302,12 +298,6 @@ class AutoTPStrategy(FeatureStrategy):
         if precision_plugin is not None:
             precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
             precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
-
-    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
-        self.engine.clip_norm(optimizer, self.precision_plugin.main_params(optimizer), clip_val)
-
-    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
-        self.engine.clip_value(optimizer, self.precision_plugin.main_params(optimizer), clip_val)
 
     @override
     def setup_precision_plugin(self) -> None:

@@ -1,10 +1,11 @@
 """What a Lightning strategy does for features of the Trainer that look at a whole model: norms, logs, predictions."""
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_autotp.recipe.engine import Engine
@@ -24,6 +25,18 @@ class FeatureStrategy(CheckpointStrategy):
     _engine: Optional[Engine]
     _logged: Optional[LoggedLook] = None
     _write_again: Optional[Callable[[], None]] = None
+
+    @property
+    def engine(self) -> Engine:
+        """What happens around the steps of this run; known once setup has sharded the model."""
+        assert self._engine is not None
+        return self._engine
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
+        self.engine.clip_norm(optimizer, self.precision_plugin.main_params(optimizer), clip_val)
+
+    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: Union[int, float]) -> None:
+        self.engine.clip_value(optimizer, self.precision_plugin.main_params(optimizer), clip_val)
 
     @property
     def _norms(self) -> Norms:

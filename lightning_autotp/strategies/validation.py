@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_autotp.checkpoint.places import try_to_write
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.specs.layer_spec import nearest
+
+
+def refuse_callbacks(trainer: Trainer) -> None:
+    """Refuse callbacks that rank the elements of whole tensors.
+
+    Raises:
+        ValueError: with the callback's name.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                f"{type(callback).__name__} ranks the elements of whole tensors, of which a rank holds a part: it does"
+                " not work with tensor parallelism. Prune the model before, in a run of autotp_size=1, or afterwards."
+            )
 
 
 def refuse_links(trainer: Trainer) -> None:

@@ -80,6 +80,15 @@ def test_an_optimizer_that_looks_at_whole_tensors_is_refused() -> None:
         trainer(strategy(2)).fit(Whole())
 
 
+@pytest.mark.ranks(2)
+def test_a_part_that_was_sharded_by_another_run_is_refused_with_what_to_do() -> None:
+    teacher, student = Regressor(), Regressor()
+    trainer(strategy(2)).fit(teacher)
+    student.teacher = teacher
+    with pytest.raises(ValueError, match=r"teacher was sharded .* by a run of its own.*`self.teacher = \[teacher\]`"):
+        trainer(strategy(2)).fit(student)
+
+
 class OwnClipping(Regressor):
     """Clips by the norm of this rank's parts."""
 

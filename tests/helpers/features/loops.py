@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BasePredictionWriter,
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     Timer,
 )
 from lightning.pytorch.core.hooks import ModelHooks
@@ -22,8 +26,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torchmetrics import MeanMetric, MeanSquaredError, SumMetric
 
+from lightning_autotp import AutoTPStrategy
 from tests.helpers.features.frame import Feature, Recorded
 from tests.helpers.models import next_token_loss, tiny_llama
+from tests.helpers.small_nets import strategy, trainer
 
 # ---- hooks
 
@@ -208,6 +214,65 @@ class Measured(Recorded):
         self.log("val_loss", self.loss(batch), sync_dist=True)
 
 
+# ---- callbacks that change what trains
+
+
+class Backbone(Recorded):
+    """A backbone that is frozen first, and what trains from the start."""
+
+    @property
+    def backbone(self) -> Any:
+        """What is frozen."""
+        return self.net.down
+
+    def configure_optimizers(self) -> Any:
+        rest = [*self.net.up.parameters(), *self.net.norm.parameters()]  # type: ignore[union-attr]
+        return torch.optim.AdamW(rest, lr=0.01, eps=1e-5)
+
+
+def _by_another_trainer(run: Trainer, model: Any, directory: Path) -> Any:
+    """A second fit by a Trainer and a strategy of their own, and a third after a test."""
+    run.fit(model)
+    for _ in range(2):
+        plugin = run.strategy
+        other = strategy(plugin.tp_size) if isinstance(plugin, AutoTPStrategy) else "auto"
+        again = trainer(other, **({} if isinstance(plugin, AutoTPStrategy) else {"devices": 1}))
+        again.fit(model)
+        again.test(model, verbose=False)
+
+
+class Students(Recorded):
+    """Learns from a model that a run of another size has trained."""
+
+    teacher: Any
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        with torch.no_grad():
+            wanted = self.teacher[0].net(batch)
+        return self.keep(torch.nn.functional.mse_loss(self.net(batch), wanted))
+
+
+def _teaches(run: Trainer, model: Any, directory: Path) -> Any:
+    teacher = Recorded()
+    size = run.world_size if run.strategy.__class__ is AutoTPStrategy else 1
+    first = strategy(2 if run.strategy.config.size == 4 else 1) if size > 1 else "auto"  # type: ignore[attr-defined]
+    trainer(first, **({} if size > 1 else {"devices": 1})).fit(teacher)
+    model.teacher = [teacher.eval()]
+    run.fit(model)
+
+
+class Asking(Recorded):
+    """Asks all processes for something in its step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        if dist.is_initialized() and self.trainer.world_size > 1:
+            everyones = [torch.zeros_like(loss) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyones, loss.detach())
+            loss = loss + 0 * torch.stack(everyones).mean()
+        return self.keep(loss)
+
+
 # ---- generation
 
 
@@ -306,6 +371,18 @@ LOOPS: dict[str, Feature] = {
     "overfit-batches": Feature(options=lambda d: {"overfit_batches": 2, "max_epochs": 3}, run=_overfit),
     "torchmetrics": Feature(Measured, run=_then_test),
     "validate-fit-test": Feature(run=_before_and_after),
+    "backbone-finetuning": Feature(
+        Backbone, lambda d: {**EPOCHS, "callbacks": [BackboneFinetuning(1, lambda epoch: 1.5, verbose=False)]}
+    ),
+    "batch-size-finder": Feature(
+        options=lambda d: {"callbacks": [BatchSizeFinder()]}, refused="not supported with distributed strategies"
+    ),
+    "pruning": Feature(
+        options=lambda d: {"callbacks": [ModelPruning("l1_unstructured", amount=0.3)]}, refused="tensor parallelism"
+    ),
+    "other-trainers": Feature(run=_by_another_trainer),
+    "teacher-of-another-size": Feature(Students, run=_teaches),
+    "collectives-of-ones-own": Feature(Asking),
     "generate": Feature(Generating, strategy={"partition_config": None}, run=_generates),
     "fit-again": Feature(run=_again),
 }
