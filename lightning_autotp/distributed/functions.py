@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autotp.compat import transforms_are_active
 from lightning_autotp.distributed.mesh import Mesh
-from lightning_autotp.distributed.twice_differentiable import TransformedFunction, twice_differentiable
+from lightning_autotp.distributed.twice_differentiable import (
+    TransformedFunction,
+    is_transformed,
+    twice_differentiable,
+    without_context,
+)
 from lightning_autotp.layout.layout import Layout
 
 
@@ -48,7 +52,7 @@ class _ReduceOutput(TransformedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, ctx.mesh, in_place = inputs
-        if in_place:
+        if in_place and output is x:  # not so where Dynamo compiles the forward alone
             ctx.mark_dirty(x)
 
     @staticmethod
@@ -152,13 +156,20 @@ class _AddedOnce(TransformedFunction):
         return grads[0], None
 
 
+_ReduceOutputPlainly = without_context(_ReduceOutput)
+_GatherOutputPlainly = without_context(_GatherOutput)
+_SplitInputPlainly = without_context(_SplitInput)
+_CopyInputPlainly = without_context(_CopyInput)
+_AddedOncePlainly = without_context(_AddedOnce)
+
+
 def reduce_output(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum partial outputs ``[..., N]`` over the tensor parallel ranks (row parallel, vocabulary parallel).
 
     ``x`` must be a fresh result that nothing else reads: it is reduced in place.
     """
-    in_place = not torch.compiler.is_compiling() and x.is_contiguous() and not transforms_are_active()
-    reduced: Tensor = _ReduceOutput.apply(x, mesh, in_place)
+    in_place = not torch.compiler.is_compiling() and x.is_contiguous() and not is_transformed()
+    reduced: Tensor = (_ReduceOutput if is_transformed() else _ReduceOutputPlainly).apply(x, mesh, in_place)
     return reduced
 
 
@@ -168,13 +179,13 @@ def gather_output(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     What reads the result must do the same on every rank, as replicated code does: the backward pass takes this rank's
     part of the gradient and communicates nothing.
     """
-    gathered: Tensor = _GatherOutput.apply(x, layout, mesh)
+    gathered: Tensor = (_GatherOutput if is_transformed() else _GatherOutputPlainly).apply(x, layout, mesh)
     return gathered
 
 
 def split_input(x: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     """This rank's part ``[..., K_r]`` of ``x`` ``[..., K]``, which all ranks share; its gradient is gathered."""
-    part: Tensor = _SplitInput.apply(x, layout, mesh)
+    part: Tensor = (_SplitInput if is_transformed() else _SplitInputPlainly).apply(x, layout, mesh)
     return part
 
 
@@ -183,11 +194,11 @@ def copy_input(x: Tensor, mesh: Mesh, count: int = 0) -> Tensor:
 
     Source: Megatron-LM (arXiv:1909.08053), section 3, ``f``.
     """
-    copied: Tensor = _CopyInput.apply(x, count, mesh)
+    copied: Tensor = (_CopyInput if is_transformed() else _CopyInputPlainly).apply(x, count, mesh)
     return copied
 
 
 def added_once(x: Tensor, mesh: Mesh) -> Tensor:
     """What this rank adds of ``x``, so that the sum over the ranks has it once; ``x`` gets the whole gradient."""
-    added: Tensor = _AddedOnce.apply(x, mesh)
+    added: Tensor = (_AddedOnce if is_transformed() else _AddedOncePlainly).apply(x, mesh)
     return added

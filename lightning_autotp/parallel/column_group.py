@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_autotp.compat import autocast_dtype
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.distributed.twice_differentiable import is_transformed
 from lightning_autotp.layout.layout import Layout
-from lightning_autotp.parallel.linear_functions import ColumnLinears, GatherColumns
+from lightning_autotp.parallel.linear_functions import ColumnLinears, ColumnLinearsPlainly, GatherColumns
 from lightning_autotp.parallel.overlap import Overlap, form_of
 
 _RIDE = "_autotp_columns"
@@ -152,7 +153,9 @@ class ColumnGroup:
         x, weights, biases = self._cast(x, members)
         first = members[0]
         mesh = first.mesh if first.reduces else None
-        outputs = ColumnLinears.apply(x, columns, mesh, first.overlap, len(members), *weights, *biases)
+        outputs = (ColumnLinears if is_transformed() else ColumnLinearsPlainly).apply(
+            x, columns, mesh, first.overlap, len(members), *weights, *biases
+        )
         return dict(zip(places, outputs))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_autotp.distributed.functions import copy_input, reduce_output
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.once_differentiable import once_differentiable
-from lightning_autotp.distributed.twice_differentiable import TransformedFunction, twice_differentiable
+from lightning_autotp.distributed.twice_differentiable import TransformedFunction, twice_differentiable, without_context
 from lightning_autotp.parallel.overlap import Overlap, as_sequences
 
 
@@ -86,6 +86,9 @@ class ColumnLinears(TransformedFunction):
                 reduced = partial(_given, ctx.mesh.collectives.all_reduce(gx))
         of_parameters = _parameter_gradients(flat, None if x is None else x.flatten(0, -2), ctx.needs_input_grad[5:])
         return reduced(), None, None, None, None, *of_parameters
+
+
+ColumnLinearsPlainly = without_context(ColumnLinears)
 
 
 class GatherColumns(torch.autograd.Function):
