@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Features:
         needed: by a class, the classes that it needs.
         given_up: operators that no rule follows.
         direct: names of parameters of linears and embeddings that are read by others than these.
+        late: names of parameters that are first read after a stack of their module has contracted sharded features.
     """
 
     columns: dict[str, Ids]
@@ -44,6 +45,7 @@ class Features:
     needed: dict[int, set[int]]
     given_up: tuple[str, ...]
     direct: frozenset[str] = frozenset()
+    late: frozenset[str] = frozenset()
 
     def own(self, path: str) -> bool:
         """Whether the linear at ``path`` has outputs that are dealt out."""
@@ -210,6 +212,17 @@ def _pieces(atoms: Atoms, columns: Mapping[str, Ids], own: Mapping[str, Ids]) ->
     return found
 
 
+def _late(tracer: Tracer) -> Iterator[str]:
+    first: dict[str, int] = {}
+    for name in tracer.dims:
+        if name in tracer.summed:
+            module = name.rpartition(".")[0]
+            first[module] = min(tracer.summed[name], first.get(module, tracer.summed[name]))
+    for name, at in tracer.read.items():
+        if at > first.get(name.rpartition(".")[0], at):
+            yield name
+
+
 def _found(tracer: Tracer, shared: dict[str, Ids], given_up: tuple[str, ...]) -> Features:
     atoms = tracer.atoms
     needed: dict[int, set[int]] = defaultdict(set)
@@ -225,4 +238,5 @@ def _found(tracer: Tracer, shared: dict[str, Ids], given_up: tuple[str, ...]) ->
         needed,
         given_up,
         frozenset(tracer.direct),
+        frozenset(_late(tracer)),
     )

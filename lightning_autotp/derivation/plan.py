@@ -66,7 +66,7 @@ class _Maker:
         self._like_others()
         self.evidence = _evidence(features)
         of = {id(p): name for name, p in model.named_parameters()}
-        known = {**features.entries, **features.dims}
+        known = {*features.entries, *features.dims, *features.late}
         alike = {(folded(name), self.parameters[name].shape): name for name in known if name in self.parameters}
         self.own_name = {name: of[id(p)] for name, p in self.parameters.items()}
         self.seen_name = {
@@ -165,8 +165,9 @@ class _Maker:
         for name, entry in entries.items():
             if self.seen_name[name] in self.features.dims and entry.kind == "row":
                 held = self.modules[entry.module]._parameters
-                own = (f"{entry.module}.{n}" for n, p in held.items() if p is not None)
-                once = tuple(n.rpartition(".")[2] for n in own if entries[n].layout.is_replicated)
+                own = {n: f"{entry.module}.{n}" for n, p in held.items() if p is not None}
+                late = (n for n, full in own.items() if self.seen_name[full] in self.features.late)
+                once = tuple(n for n in late if entries[own[n]].layout.is_replicated)
                 yield Boundary(entry.module, once)
 
     def groups(self, entries: Iterable[ParameterPlan]) -> Iterable[LocalAttribute]:

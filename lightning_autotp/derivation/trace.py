@@ -15,20 +15,17 @@ from torch.utils._pytree import tree_leaves
 from lightning_autotp.compat import TorchDispatchMode
 from lightning_autotp.derivation.atoms import ENTRY, EVERY, OWN, Atoms, Ids
 from lightning_autotp.derivation.canvas import LABELS, Canvas
-from lightning_autotp.derivation.labels import FILLED
+from lightning_autotp.derivation.labels import FILLED, narrowed
 from lightning_autotp.derivation.operators import FILLS, resulting_labels
+from lightning_autotp.derivation.stacks import Stack
 from lightning_autotp.introspection.layers import features_of, is_conv1d, is_convolution
 from lightning_autotp.proof.assumed import assumed_result
 
 MATRIX = "_autotp_matrix"
-"""Attribute of a matrix of a stack of experts: the stack's name, and whether it is turned."""
+"""Attribute of what is made of a stack of matrices: the :class:`Stack`."""
 
 MOST_ENTRIES = 1 << 16
 """Entries of a parameter up to which each of them is an atom."""
-
-_TURNS = ("t", "transpose")
-
-_MOVES = (*_TURNS, "select", "unbind", "squeeze", "view", "detach", "alias", "slice", "index", "_to_copy", "clone")
 
 _PRODUCTS = ("mm", "bmm", "_grouped_mm", "grouped_mm_fallback")
 
@@ -52,12 +49,18 @@ class Tracer(TorchDispatchMode):
         self.model, self.shared, self.whole = model, shared, whole
         self.direct = set(direct)
         self._guarded = _guarded(model)
+        self._names = {id(p): name for name, p in model.named_parameters()}
         self.atoms = Atoms()
         self.columns: dict[str, Ids] = {}
         self.rows: dict[str, Ids] = {}
         self.entries: dict[str, Ids] = {}
         self.dims: dict[str, tuple[int, int]] = {}
         """By the name of a stack of matrices, its dims of outputs and of inputs."""
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.read: dict[str, int] = {}
+        """By the name of a parameter, the first operator that read it, by its number."""
+        self.summed: dict[str, int] = {}
+        """By the path of a linear, or the name of a stack of matrices, the first product that contracted features."""
         self.given_up: dict[str, str] = {}
         """Operators that no rule follows, and one place of each."""
         self.canvas = Canvas(self.atoms)
@@ -71,6 +74,9 @@ class Tracer(TorchDispatchMode):
             return out
         self._calls += 1
         name = func._overloadpacket.__name__
+        for t in tree_leaves((args, kwargs)):
+            if id(t) in self._names:
+                self.read.setdefault(self._names[id(t)], self._calls)
         if self._matrices(name, args, out):
             return out
         if name in FILLS:
@@ -114,26 +120,36 @@ class Tracer(TorchDispatchMode):
 
     def _matrices(self, name: str, args: Any, out: Any) -> bool:
         """Whether this was a product with an expert's matrix, noted as a linear's is; moves of it are followed."""
-        moved = getattr(args[0], MATRIX, None) if args and isinstance(args[0], Tensor) else None
-        if moved is not None and name in _MOVES:
-            path, turned = moved
+        held: Optional[Stack] = getattr(args[0], MATRIX, None) if args and isinstance(args[0], Tensor) else None
+        if held is not None:
             for t in [out] if isinstance(out, Tensor) else out:
-                setattr(t, MATRIX, (path, turned ^ (name in _TURNS)))
+                setattr(t, MATRIX, held.moved(name, args, t))
             return False
-        weight = args[1] if name in _PRODUCTS else None
-        held = getattr(weight, MATRIX, None)
-        if held is None or weight is None:
+        held = getattr(args[1], MATRIX, None) if name in _PRODUCTS else None
+        product = None if held is None else held.product()
+        if held is None or product is None:
             return False
-        path, turned = held
-        k, n = weight.shape[-2:]
-        self.dims[path] = (1, 2) if turned else (2, 1)
-        self.linear(path, n, k, args[0], out)
+        self.dims[held.path] = product.dims
+        outputs, inputs = (self.sizes[held.path][dim] for dim in product.dims)
+        self.linear(held.path, outputs, inputs, args[0], out, places=(product.inputs, product.outputs))
         return True
 
     # -- linears ------------------------------------------------------------------------------------------------------
 
-    def linear(self, path: str, outputs: int, inputs: int, x: Tensor, out: Tensor, dim: int = -1) -> None:
-        """Note that the linear at ``path`` reads ``inputs`` features along ``dim`` of ``x`` and makes ``outputs``."""
+    def linear(
+        self,
+        path: str,
+        outputs: int,
+        inputs: int,
+        x: Tensor,
+        out: Tensor,
+        dim: int = -1,
+        places: Optional[tuple[Ids, Ids]] = None,
+    ) -> None:
+        """Note that the linear at ``path`` reads ``inputs`` features along ``dim`` of ``x`` and makes ``outputs``.
+
+        ``places`` says of each entry along ``dim`` which input it is, and which output, if these are not all in order.
+        """
         ids = self.labels(x)
         if f"{path}.weight" in self.direct or f"{path}.bias" in self.direct:
             if ids is not None:
@@ -141,9 +157,13 @@ class Tracer(TorchDispatchMode):
             setattr(out, LABELS, None)
             return
         if ids is not None:
-            features = np.array(np.broadcast_to(ids.swapaxes(dim, -1)[(0,) * (x.ndim - 1)], (inputs,)))
+            features = np.array(np.broadcast_to(ids.swapaxes(dim, -1)[(0,) * (x.ndim - 1)], (x.shape[dim],)))
             mixed = ids.size > ids.shape[dim] or ids.shape[dim] == 1
             if not mixed and self.atoms.are_own(features):
+                if places is not None:  # one input of several experts is one feature
+                    first = np.unique(places[0], return_index=True)[1]
+                    self.atoms.join(features, features[first][places[0]])
+                    features = features[first]
                 self._contracted(path, features, out)
                 return
             self.atoms.everywhere(ids)
@@ -155,10 +175,12 @@ class Tracer(TorchDispatchMode):
             levels = self.shared.get(path)
             self.columns[path] = self.atoms.fresh(np.full(outputs, OWN) if levels is None else levels)
         shape = [1] * out.ndim
-        shape[dim] = outputs
-        setattr(out, LABELS, self.columns[path].reshape(shape))
+        made = self.columns[path] if places is None else self.columns[path][places[1]]
+        shape[dim] = len(made)
+        setattr(out, LABELS, narrowed(made.reshape(shape)))
 
     def _contracted(self, path: str, features: Ids, out: Tensor) -> None:
+        self.summed.setdefault(path, self._calls)
         setattr(out, LABELS, None)
         if path in self.columns:  # it has read replicated features, too
             self.atoms.everywhere(features, self.columns[path])
@@ -180,7 +202,8 @@ class Tracer(TorchDispatchMode):
         parameters = [(n, p) for n, p in self.model.named_parameters() if id(p) not in of_linears]
         for name, parameter in parameters:
             if parameter.ndim == 3 and min(parameter.shape) > 1:
-                setattr(parameter, MATRIX, (name, False))
+                setattr(parameter, MATRIX, Stack.of(name, parameter))
+                self.sizes[name] = tuple(parameter.shape)
             if parameter.numel() <= MOST_ENTRIES and name not in self.whole:
                 ids = self.atoms.fresh(np.full(parameter.numel(), ENTRY))
                 self.entries[name] = ids.reshape(tuple(parameter.shape))

@@ -414,9 +414,9 @@ MODELS = (
     model("Annotated Transformer", EncoderDecoder, 0.52, 0.27, quick=True),
     model("context of another width", Conditioned, 0.51, 0.26, frame_batch),
     model("Perceiver", Perceiver, 0.53, 0.29, frame_batch),
-    model("Conformer", lambda: Framewise(FeedForward(), Heads(), ConvModule(), FeedForward()), 0.62, 0.43, frame_batch),
+    model("Conformer", lambda: Framewise(FeedForward(), Heads(), ConvModule(), FeedForward()), 0.52, 0.28, frame_batch),
     model("gated short convolution", lambda: Decoder(GatedConv), 0.53, 0.29),
-    model("gMLP", lambda: Framewise(SpatialGating(), SpatialGating()), 0.53, 0.29, frame_batch),
+    model("gMLP", lambda: Framewise(SpatialGating(), SpatialGating()), 0.52, 0.28, frame_batch),
     model(
         "gMLP by linear", lambda: Framewise(SpatialGatingByLinear(), SpatialGatingByLinear()), 0.51, 0.26, frame_batch
     ),
