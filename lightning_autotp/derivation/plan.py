@@ -138,7 +138,9 @@ class _Maker:
         if not sets or any(len(ranks) > 1 for ranks in sets):
             return entry
         held = np.array([-1 if ranks is None else sets.index(ranks) for ranks in of]).reshape(classes.shape)
-        for dim in range(classes.ndim):
+        for dim, size in enumerate(entry.layout.shape):
+            if classes.shape[dim] != size:  # its entries along it are one
+                continue
             lines = np.moveaxis(held, dim, 0).reshape(classes.shape[dim], -1)
             most = lines.max(1)  # what no step has read yet goes with the rest of its slice
             if (most >= 0).all() and ((lines == most[:, None]) | (lines < 0)).all():

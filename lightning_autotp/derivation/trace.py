@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
+from math import prod
 from typing import Any, Optional
 
 import numpy as np
@@ -16,7 +17,7 @@ from lightning_autotp.compat import TorchDispatchMode
 from lightning_autotp.derivation.atoms import ENTRY, EVERY, OWN, Atoms, Ids
 from lightning_autotp.derivation.canvas import LABELS, Canvas
 from lightning_autotp.derivation.labels import FILLED, narrowed
-from lightning_autotp.derivation.operators import FILLS, resulting_labels
+from lightning_autotp.derivation.operators import FILLS, VIEWS, resulting_labels
 from lightning_autotp.derivation.stacks import Stack
 from lightning_autotp.introspection.layers import features_of, is_conv1d, is_convolution
 from lightning_autotp.proof.assumed import assumed_result
@@ -25,7 +26,12 @@ MATRIX = "_autotp_matrix"
 """Attribute of what is made of a stack of matrices: the :class:`Stack`."""
 
 MOST_ENTRIES = 1 << 16
-"""Entries of a parameter up to which each of them is an atom."""
+"""Entries of a parameter up to which each of them is an atom; of a larger matrix (biases of experts) each column is."""
+
+_PART_OF = "_autotp_part_of"
+"""Attribute of what a parameter was moved to: the parameter's name."""
+
+_MOVES = (*VIEWS, "unbind", "index", "index_select", "clone", "_to_copy")
 
 _PRODUCTS = ("mm", "bmm", "_grouped_mm", "grouped_mm_fallback")
 
@@ -58,7 +64,7 @@ class Tracer(TorchDispatchMode):
         """By the name of a stack of matrices, its dims of outputs and of inputs."""
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.read: dict[str, int] = {}
-        """By the name of a parameter, the first operator that read it, by its number."""
+        """By the name of a parameter, the first operator that did more with it than to move it, by its number."""
         self.summed: dict[str, int] = {}
         """By the path of a linear, or the name of a stack of matrices, the first product that contracted features."""
         self.given_up: dict[str, str] = {}
@@ -74,9 +80,7 @@ class Tracer(TorchDispatchMode):
             return out
         self._calls += 1
         name = func._overloadpacket.__name__
-        for t in tree_leaves((args, kwargs)):
-            if id(t) in self._names:
-                self.read.setdefault(self._names[id(t)], self._calls)
+        self._note_reads(name, args, kwargs, out)
         if self._matrices(name, args, out):
             return out
         if name in FILLS:
@@ -104,6 +108,17 @@ class Tracer(TorchDispatchMode):
                 self.atoms.everywhere(ids)
             self._written(one, ids if fits and one.ndim == ids.ndim else None)  # type: ignore[union-attr]
         return out
+
+    def _note_reads(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        for t in tree_leaves((args, kwargs)):
+            held = self._names.get(id(t)) or getattr(t, _PART_OF, None)
+            if held is None:
+                continue
+            if name not in _MOVES or t is not args[0]:
+                self.read.setdefault(held, self._calls)
+                continue
+            for one in [out] if isinstance(out, Tensor) else out:
+                setattr(one, _PART_OF, held)
 
     def _written(self, tensor: Tensor, ids: Optional[Ids]) -> None:
         setattr(tensor, LABELS, ids)
@@ -204,9 +219,9 @@ class Tracer(TorchDispatchMode):
             if parameter.ndim == 3 and min(parameter.shape) > 1:
                 setattr(parameter, MATRIX, Stack.of(name, parameter))
                 self.sizes[name] = tuple(parameter.shape)
-            if parameter.numel() <= MOST_ENTRIES and name not in self.whole:
-                ids = self.atoms.fresh(np.full(parameter.numel(), ENTRY))
-                self.entries[name] = ids.reshape(tuple(parameter.shape))
+            shape = _apart(tuple(parameter.shape))
+            if shape is not None and name not in self.whole:
+                self.entries[name] = self.atoms.fresh(np.full(prod(shape), ENTRY)).reshape(shape)
                 setattr(parameter, LABELS, self.entries[name])
         try:
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), self:
@@ -233,6 +248,13 @@ class Tracer(TorchDispatchMode):
             return out
 
         return forward
+
+
+def _apart(shape: tuple[int, ...]) -> Optional[tuple[int, ...]]:
+    """The shape of a parameter's atoms, with 1 for a dim along which there is one; None if there are too many."""
+    if prod(shape) <= MOST_ENTRIES:
+        return shape
+    return (1, shape[1]) if len(shape) == 2 and shape[1] <= MOST_ENTRIES else None
 
 
 def _guarded(model: nn.Module) -> dict[int, str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.derive import derive
+from lightning_autotp.model_sources.full_size import build
 from lightning_autotp.model_sources.hf import causal_types
 from lightning_autotp.model_sources.small import group_experts
 from lightning_autotp.plans.plan import ShardingPlan
@@ -51,6 +52,30 @@ def test_a_derived_plan_is_right(name: str, size: int) -> None:
     assert share(model, found.plan) <= PER_TYPE.get(name, 0.62 if size == 2 else 0.45)
     trial = replace(trial_of(name, 1), plan=found.plan)
     assert error_of(trial, truth_of(name)) < trial.right
+
+
+def test_large_biases_of_experts_follow_their_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_autotp.derivation.trace.MOST_ENTRIES", 300)
+    model = own_copy(model_of("gpt_oss"))
+    group_experts(model)
+    look = Look("training", (proof_batch("gpt_oss"),), call=loss_of_batch)
+    found = derive(model, look, TPTrainingConfig(autotp_size=2), 2)
+    assert found.verdict.kind == "proved", found.verdict.listed
+    bias = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj_bias")
+    assert bias.numel() > 300
+    assert not found.plan.layouts["model.layers.0.mlp.experts.gate_up_proj_bias"].is_replicated
+    assert share(model, found.plan) < 0.55
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_shares_are_as_small_in_full_size(name: str) -> None:
+    with torch.device("meta"):
+        model, batch = build(name, dtype=torch.bfloat16, batch=3, seq=16)
+    group_experts(model)
+    found = derive(model, Look("training", (batch,), call=loss_of_batch), TPTrainingConfig(autotp_size=4), 4)
+    assert found.verdict.kind == "proved", found.verdict.listed
+    assert share(model, found.plan) < 0.26
 
 
 @pytest.mark.long
