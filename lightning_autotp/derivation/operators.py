@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_autotp.dataflow.event import bound
 from lightning_autotp.derivation.atoms import Atoms, Ids
 from lightning_autotp.derivation.labels import alike, narrowed, viewed
+from lightning_autotp.derivation.norms import NORMS
+from lightning_autotp.derivation.writes import WRITES
 
 Labelled = tuple[Optional[Ids], Tensor]
 
@@ -47,6 +49,8 @@ _PICKS = ("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "na
 
 FILLS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 """Operators whose results are one number."""
+
+MORE = {**NORMS, **WRITES}
 
 VIEWS = (*_RESHAPES, "slice", "select", "narrow", "transpose", "t", "permute", "expand", "alias", "detach")
 """Operators that give one view of a tensor."""
@@ -85,6 +89,8 @@ def resulting_labels(
         return call.by_channel()
     if rule in FILLS:
         return call.same_for_all(call.labels(call.x) if rule.endswith("_like") else None)
+    if rule in MORE:
+        return MORE[rule](call)
     method = getattr(call, f"do_{rule.strip('_')}", None)
     return method() if method is not None else None
 
@@ -240,29 +246,6 @@ class _Call:
                 ids = np.take(ids, 0, d)
         return self.same_for_all(ids if ids.ndim == self.outs[0].ndim else None)
 
-    def do_native_layer_norm(self) -> list[Optional[Ids]]:
-        ids = self.labels(self.x)
-        if ids is None:
-            return None  # type: ignore[return-value]
-        for k in range(len(self.given["normalized_shape"])):
-            ids = self.atoms.along(ids, self.x.ndim - 1 - k)
-        return [ids, ids, ids][: len(self.outs)]
-
-    do_fused_rms_norm = do_native_layer_norm
-
-    def do_native_group_norm(self) -> Optional[list[Optional[Ids]]]:
-        """Channels of a group are on one rank, with the weights of each."""
-        ids = self.labels(self.x)
-        if ids is None or any(n > 1 for n in ids.shape[2:]):
-            return None
-        channels = np.broadcast_to(ids, (*ids.shape[:1], self.x.shape[1], *ids.shape[2:])).reshape(len(ids), -1)
-        self.atoms.along(channels.reshape(len(ids), self.given["group"], -1), 2)
-        for name in ("weight", "bias"):
-            held = self.given[name]
-            if held is not None and self.labels(held) is not None:
-                channels = self.atoms.meet(channels, self.labels(held)[None])
-        return [channels.reshape(*channels.shape, *(1,) * (self.x.ndim - 2)), None, None]
-
     def by_channel(self) -> list[Optional[Ids]]:
         ids = self.labels(self.x)
         for d in range(2, self.x.ndim):
@@ -350,10 +333,13 @@ class _Call:
 
     do_bmm = do_mm
 
-    def do_baddbmm(self) -> list[Optional[Ids]]:
+    def do_addmm(self) -> list[Optional[Ids]]:
         out = self.outs[0]
-        made = self.product(self.given["batch1"], self.given["batch2"])
+        names = ("mat1", "mat2") if "mat1" in self.given else ("batch1", "batch2")
+        made = self.product(*(self.given[name] for name in names))
         return [self.met([(made, out), (self.labels(self.x), self.x)], tuple(out.shape))]
+
+    do_baddbmm = do_addmm
 
     def product(self, a: Tensor, b: Tensor) -> Optional[Ids]:
         """[.., i, k] x [.., k, j]: what is contracted is on one rank, what is not meets."""

@@ -1,10 +1,11 @@
-"""Column and row parallel convolutions: their channels are cut as a linear's features are."""
+"""Column and row parallel convolutions, and batch norms between: channels are cut as a linear's features are."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_autotp.distributed.functions import copy_input, gather_output, reduce_output
+from lightning_autotp.distributed.functions import copy_input, gather_output, gather_parts, reduce_output
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.parallel.convert import become
@@ -66,3 +67,38 @@ class RowParallelConvolution(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, row parallel {self.mesh.tp_rank}/{self.mesh.tp_size}"
+
+
+class ColumnParallelBatchNorm(nn.Module):
+    """A batch norm of this rank's channels: ``[B, C_r, ...]`` -> ``[B, C_r, ...]``.
+
+    Its running statistics stay those of all channels, on every rank; one all-gather each in a training step keeps them
+    so. Made by :meth:`convert`, never constructed.
+    """
+
+    mesh: Mesh
+    layout: Layout
+
+    @classmethod
+    def convert(cls, module: nn.Module, mesh: Mesh, layout: Layout) -> "ColumnParallelBatchNorm":
+        """Change ``module`` in place; its parameters must already be this rank's parts."""
+        converted: ColumnParallelBatchNorm = become(module, cls, mesh, layout)
+        return converted
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.BatchNorm2d's name for it
+        held = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
+        full = {name: buffer for name, buffer in held.items() if buffer is not None}
+        own = {name: self.layout.shard(buffer, self.mesh.tp_rank).clone() for name, buffer in full.items()}
+        try:
+            self._buffers.update(own)
+            output: Tensor = super().forward(input)
+        finally:
+            self._buffers.update(full)
+        if self.training:
+            with torch.no_grad():
+                for name, part in own.items():
+                    full[name].copy_(gather_parts(part, self.layout, self.mesh))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, column parallel {self.mesh.tp_rank}/{self.mesh.tp_size}"

@@ -7,12 +7,17 @@ from typing import Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.introspection.forward_source import changes_in_place
 from lightning_autotp.introspection.layers import is_conv1d, is_convolution
 from lightning_autotp.parallel.column_group import ColumnGroup, ColumnMember
-from lightning_autotp.parallel.convolution import ColumnParallelConvolution, RowParallelConvolution
+from lightning_autotp.parallel.convolution import (
+    ColumnParallelBatchNorm,
+    ColumnParallelConvolution,
+    RowParallelConvolution,
+)
 from lightning_autotp.parallel.embedding import ColumnParallelEmbedding, VocabParallelEmbedding
 from lightning_autotp.parallel.head_arguments import take_own_heads
 from lightning_autotp.parallel.linear import (
@@ -89,6 +94,8 @@ def _convert_layers(model: nn.Module, plan: ShardingPlan, overlap: Overlap) -> t
             VocabParallelEmbedding.convert(module, mesh, entry.layout)  # type: ignore[arg-type]
         elif entry.kind == "column" and isinstance(module, nn.Embedding):
             ColumnParallelEmbedding.convert(module, mesh, entry.layout)
+        elif entry.kind == "column" and isinstance(module, _BatchNorm):
+            ColumnParallelBatchNorm.convert(module, mesh, entry.layout)
         elif entry.features is None:
             continue
         elif is_convolution(module):

@@ -58,6 +58,27 @@ def test_a_model_without_rules_trains_as_unsharded(size: int) -> None:
     assert_close(weights(model), parts_of(model, unsharded(Regressor(Mixer))), 1e-4, "weight")
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(WIDTH, 12, bias=False), nn.BatchNorm1d(12), nn.Linear(12, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.norm(self.up(x)).relu())
+        return out
+
+
+@pytest.mark.ranks(3)
+def test_a_batch_norm_of_sharded_features_has_the_statistics_of_all() -> None:
+    model, full = Regressor(Normed), Regressor(Normed)
+    trainer(AutoTPStrategy(autotp_size=3)).fit(model)
+    assert "net.norm.weight" in sharded_names(model)
+    assert_close(weights(model), parts_of(model, unsharded(full)), 1e-4, "weight")
+    assert_close(dict(model.named_buffers()), dict(full.named_buffers()), 1e-5, "statistics")
+    model.eval(), full.eval()
+    assert_close({"": model.net(Rows(6).rows)}, {"": full.net(Rows(6).rows)}, 1e-4, "outputs")
+
+
 class Streamed(IterableDataset[Tensor]):
     def __iter__(self) -> Any:
         return iter(Rows(16).rows)
