@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.derivation.derive import derive
@@ -18,7 +18,7 @@ from lightning_autotp.proof.step import loss_of_batch
 from tests.derivation.judge import share
 from tests.helpers.truth import Trial, error_of, unsharded
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 ROWS, TOKENS, VOCAB = 5, 12, 99
 
@@ -43,6 +43,15 @@ def tokens(seed: int) -> Batch:
 
 def images(seed: int) -> Batch:
     return {"pixel_values": torch.randn(ROWS, 3, 32, 32, generator=drawn(seed)), "labels": torch.arange(ROWS) % 3}
+
+
+def pairs(seed: int) -> Batch:
+    """Images and texts that are compared."""
+    return {
+        "input_ids": tokens(seed)["input_ids"],
+        "pixel_values": images(seed)["pixel_values"],
+        "return_loss": True,
+    }
 
 
 def sounds(seed: int) -> Batch:
@@ -90,6 +99,8 @@ SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [1, 1], "n
 XGLM = {"vocab_size": VOCAB, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 8}
 CONVNEXT = {"patch_size": 4, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "image_size": 32}
 
+TWO_TOWERS = {"text_config": {**TEXT, "eos_token_id": 2, "projection_size": 64}, "vision_config": VISION}
+
 CASES = {
     "deberta-v2": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**TEXT, **DEBERTA}, tokens),
     "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, sounds),
@@ -102,6 +113,11 @@ CASES = {
     "vit": Case("ViTForImageClassification", "ViTConfig", {**VISION, "num_labels": 3}, images),
     "convnext": Case("ConvNextForImageClassification", "ConvNextConfig", {**CONVNEXT, "num_labels": 3}, images, 0.6),
     "wav2vec2": Case("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", WAV2VEC2, waves, 0.62),
+}
+
+CASES |= {
+    "clip": Case("CLIPModel", "CLIPConfig", TWO_TOWERS | {"projection_dim": 32}, pairs, 0.52),
+    "siglip": Case("SiglipModel", "SiglipConfig", TWO_TOWERS, pairs, 0.56),
 }
 
 QUICK = ("deberta-v2", "whisper", "swin")

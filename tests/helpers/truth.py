@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_autotp.compat import grouped_experts_in_fp64
+from lightning_autotp.compat import grouped_experts_in_fp64, tree_map
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.lockstep import Lockstep
 from lightning_autotp.distributed.mesh import Mesh
@@ -32,7 +32,7 @@ from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import Sharded
 from lightning_autotp.training.gradients import TPGradients
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 RIGHT = 5e-3
 """The largest error of a right plan. Models of fp64 alone are right to 1e-11, those that compute some in fp32 to 2e-3;
@@ -154,8 +154,7 @@ def _train_steps(model: nn.Module, batches: Sequence[Batch], found: Sharded | No
         optimizer: torch.optim.Optimizer = make()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for batch in part:
-            cast = {n: t.to(torch.get_default_dtype()) if t.is_floating_point() else t for n, t in batch.items()}
-            loss = loss_of(model(**cast))
+            loss = loss_of(model(**tree_map(_in_default_dtype, dict(batch))))
             optimizer.zero_grad()
             loss.backward()
             if gradients is not None:
@@ -166,6 +165,11 @@ def _train_steps(model: nn.Module, batches: Sequence[Batch], found: Sharded | No
             losses.append(loss.detach())
         changes.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
     return Trained(losses, changes)
+
+
+def _in_default_dtype(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(torch.get_default_dtype()) if is_float else value
 
 
 def _finite(error: float) -> float:
