@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from lightning_autotp.derivation.assign import Ranks, assign_ranks
 from lightning_autotp.derivation.features import Component, Features, components, features_of_run
 from lightning_autotp.derivation.plan import derived_plan
 from lightning_autotp.introspection.names import folded
-from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.plans.plan import ParameterPlan, ShardingPlan
 from lightning_autotp.proof.copying import own_copy
 from lightning_autotp.proof.dataflow_proof import as_traced
 from lightning_autotp.proof.processes import WithoutProcesses
@@ -118,7 +119,7 @@ class _Search:
                 ranks = {one: of for one, of in self.ranks.items() if one in held}
                 alone, of_kind = self._proved(self._plan(ranks, gather=False))
                 if of_kind.kind == "refuted":
-                    dropped[names] = str(of_kind.findings[0]) if of_kind.findings else ""
+                    dropped[names] = of_kind.reason
                 else:
                     good |= ranks
                     repaired.append(alone)
@@ -127,7 +128,7 @@ class _Search:
                 plan, verdict = self._proved(_completed(self._plan(good, gather=False), repaired))
         groups = tuple(self._parameters(alike) for names, alike in kinds.items() if names not in dropped)
         told = tuple((", ".join(names), why) for names, why in dropped.items())
-        return Derived(plan, verdict, groups, told, self.features.given_up)
+        return Derived(_reasoned(plan, dropped), verdict, groups, told, self.features.given_up)
 
     def _parameters(self, alike: list[Component]) -> frozenset[str]:
         """The names of all parameters of components of one kind, with their layer numbers folded."""
@@ -150,6 +151,21 @@ class _Search:
         for component in components(self.features):
             kinds[tuple(dict.fromkeys(map(folded, (*component.columns, *component.rows))))].append(component)
         return kinds
+
+
+def _reasoned(plan: ShardingPlan, dropped: Mapping[tuple[str, ...], str]) -> ShardingPlan:
+    """``plan`` with what was refuted at the layers whose features every rank has for that."""
+    why = {name: text for names, text in dropped.items() for name in names}
+
+    def of(entry: ParameterPlan) -> ParameterPlan:
+        text = why.get(folded(entry.module))
+        if text is None:
+            return entry
+        return replace(
+            entry, reason="; ".join(filter(None, (entry.reason, f"its features stay together, since apart {text}")))
+        )
+
+    return replace(plan, parameters={name: of(entry) for name, entry in plan.parameters.items()})
 
 
 def _completed(plan: ShardingPlan, others: list[ShardingPlan]) -> ShardingPlan:

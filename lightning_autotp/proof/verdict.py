@@ -8,6 +8,9 @@ from typing import Literal
 
 from lightning_autotp.diagnostics import Diagnostic, listed
 
+ORIGIN = "It comes of"
+"""How a finding begins that says where a value comes from."""
+
 Kind = Literal["proved", "unknown", "refuted"]
 
 _ORDER: tuple[Kind, ...] = ("proved", "unknown", "refuted")
@@ -36,6 +39,12 @@ class Verdict:
     def __str__(self) -> str:
         """The verdict and its findings, one a line."""
         return "\n".join(filter(None, (self.kind, self.listed)))
+
+    @property
+    def reason(self) -> str:
+        """The finding that says most, in one line: the first that is more than where a value comes from."""
+        told = [one for one in self.findings if not one.message.startswith(ORIGIN)]
+        return str((told or list(self.findings) or [""])[0])
 
     @property
     def listed(self) -> str:

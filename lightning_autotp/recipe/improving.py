@@ -87,7 +87,7 @@ def _improved(model: nn.Module, plan: ShardingPlan, look: Look, config: TPTraini
     found = _proved(model, plan, look, config)
     found = replace(found, said=(*said, *found.said))
     if found.verdict.kind == "refuted":
-        return _replaced(model, found, look, config, str(found.verdict.findings[0]))
+        return _replaced(model, found, look, config, found.verdict.reason)
     return found
 
 
