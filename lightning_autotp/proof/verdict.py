@@ -44,7 +44,7 @@ class Verdict:
     def reason(self) -> str:
         """The finding that says most, in one line: the first that is more than where a value comes from."""
         told = [one for one in self.findings if not one.message.startswith(ORIGIN)]
-        return str((told or list(self.findings) or [""])[0])
+        return next((str(one) for one in (*told, *self.findings)), "")
 
     @property
     def listed(self) -> str:

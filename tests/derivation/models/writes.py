@@ -19,6 +19,8 @@ Mix = Callable[[Tensor, Tensor], Tensor]
 class Between(nn.Module):
     """Frames through a hidden layer, whose features are mixed over places by ``mix``, to the loss of frames."""
 
+    group: Tensor
+
     def __init__(self, mix: Mix) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
@@ -76,6 +78,8 @@ def added_by_index(hidden: Tensor, group: Tensor) -> Tensor:
 
 class Graph(nn.Module):
     """A graph's adjacency times its nodes' features, added to them by addmm and baddbmm."""
+
+    near: Tensor
 
     def __init__(self) -> None:
         super().__init__()
