@@ -24,7 +24,9 @@ class Sampling(LanguageModel):
 def test_sampling_in_predict_without_a_seed_is_alike() -> None:
     model = Sampling(tiny_llama, layers=1)
     torch.manual_seed(dist.get_rank())
-    loader = DataLoader(token_batches(n=1, batch=2, seq=4)[0], batch_size=2)  # type: ignore[arg-type]
-    found = quiet_trainer(strategy=AutoTPStrategy(autotp_size=2), use_distributed_sampler=False).predict(model, loader)
+    loader: Any = DataLoader(token_batches(n=1, batch=2, seq=4)[0], batch_size=2)  # type: ignore[arg-type]
+    found: Any = quiet_trainer(strategy=AutoTPStrategy(autotp_size=2), use_distributed_sampler=False).predict(
+        model, loader
+    )
     assert found is not None
     assert all(torch.equal(theirs, found[0]) for theirs in everyones(found[0]))

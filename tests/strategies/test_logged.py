@@ -14,6 +14,8 @@ from tests.helpers.small_nets import Regressor, strategy, trainer
 class Local(Regressor):
     """Logs the norm of what a rank holds from a hook, which no look at a step sees."""
 
+    net: Any
+
     def on_train_batch_end(self, *args: Any) -> None:
         self.log("weight", self.net.up.weight.norm())
         self.log("alike", self.net.down.bias.norm())

@@ -33,6 +33,8 @@ def dealt(module: Any, rows: Rows, batch: int = BATCH) -> DataLoader[Tensor]:
 class Recorded(Regressor):
     """Writes down its losses, and logs what it trains and validates with."""
 
+    net: Any
+
     def __init__(self, make: Callable[[], Any] = Net, steps: int = STEPS) -> None:
         super().__init__(make, BATCH, BATCH * steps)
         self.losses: list[Tensor] = []

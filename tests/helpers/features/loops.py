@@ -84,6 +84,17 @@ def _all_stages(run: Trainer, model: Any, directory: Path) -> Any:
     return {"callback": ", ".join(noting.noted), "module": ", ".join(model.noted)}
 
 
+def _resumed(run: Trainer, model: Any, directory: Path) -> Any:
+    run.fit(model)
+    path = directory / "saved.ckpt"
+    run.save_checkpoint(path)
+    (noting,) = (one for one in run.callbacks if isinstance(one, Noting))  # type: ignore[attr-defined]
+    noting.noted, model.noted = [], []
+    run.fit_loop.max_epochs = 2
+    run.fit(model, ckpt_path=path, weights_only=False)
+    return {"callback": ", ".join(noting.noted), "module": ", ".join(model.noted)}
+
+
 # ---- schedulers
 
 
@@ -226,7 +237,7 @@ class Backbone(Recorded):
         return self.net.down
 
     def configure_optimizers(self) -> Any:
-        rest = [*self.net.up.parameters(), *self.net.norm.parameters()]  # type: ignore[union-attr]
+        rest = [*self.net.up.parameters(), *self.net.norm.parameters()]
         return torch.optim.AdamW(rest, lr=0.01, eps=1e-5)
 
 
@@ -292,7 +303,7 @@ class Generating(Recorded):
     def generated(self, batch: Tensor, **options: Any) -> Tensor:
         """The tokens that follow, as floats to be averaged."""
         options = {"do_sample": False, "use_cache": True, "max_new_tokens": 4, "pad_token_id": 0} | options
-        found: Tensor = self.net.generate(self.tokens(batch), **options)  # type: ignore[operator]
+        found: Tensor = self.net.generate(self.tokens(batch), **options)
         return found[:, 8:].float()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -313,11 +324,14 @@ def _generates(run: Trainer, model: Any, directory: Path) -> Any:
 
 
 def _before_and_after(run: Trainer, model: Any, directory: Path) -> Any:
-    return run.validate(model, verbose=False), run.fit(model), run.test(model, verbose=False)
+    before = run.validate(model, verbose=False)
+    run.fit(model)
+    return before, run.test(model, verbose=False)
 
 
 def _then_test(run: Trainer, model: Any, directory: Path) -> Any:
-    return run.fit(model), run.test(model, verbose=False)
+    run.fit(model)
+    return run.test(model, verbose=False)
 
 
 def _again(run: Trainer, model: Any, directory: Path) -> Any:
@@ -335,6 +349,7 @@ EPOCHS = {"max_epochs": 3}
 
 LOOPS: dict[str, Feature] = {
     "hooks": Feature(Hooked, lambda d: {"callbacks": [Noting()]}, run=_all_stages),
+    "hooks-of-a-resumed-run": Feature(Hooked, lambda d: {"callbacks": [Noting()]}, run=_resumed),
     "lr-step": Feature(partial(Scheduled, "step"), run=_with_rates),
     "lr-epoch": Feature(partial(Scheduled, "epoch"), lambda d: EPOCHS, run=_with_rates),
     "lr-plateau": Feature(partial(Scheduled, "plateau"), lambda d: EPOCHS, run=_with_rates),

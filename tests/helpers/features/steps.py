@@ -60,7 +60,8 @@ class Adversarial(Manual):
         super().__init__(Pair)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        of_generator, of_critic = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        of_generator, of_critic = optimizers
         self.toggle_optimizer(of_generator)
         fake = self.net.generator(batch)
         loss = self.keep(-self.net.critic(fake).square().mean())
@@ -117,7 +118,7 @@ class Functional(Recorded):
     """``functional_call`` with the module's own parameters."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        parameters = dict(self.net.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.net.named_parameters())
         out = torch.func.functional_call(self.net, parameters, (batch,))
         return self.keep(functional.mse_loss(out, batch.flip(-1)))
 
