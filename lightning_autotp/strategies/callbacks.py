@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any, Optional
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh
@@ -17,6 +19,21 @@ from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
 
 _WRITES = ("write_on_batch_end", "write_on_epoch_end")
+
+
+def average_later(trainer: Trainer) -> None:
+    """Let Lightning's averages of a model on the meta device (``from_pretrained``) wait until it has its values."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and "setup" not in vars(callback):
+            vars(callback)["setup"] = partial(_set_up, callback.setup)
+
+
+def _set_up(own: Callable[..., None], trainer: Trainer, module: LightningModule, stage: str) -> None:
+    try:
+        own(trainer, module, stage)
+    except NotImplementedError:  # a copy has no values to move to a device; `share_copies` makes it
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            raise
 
 
 @torch.no_grad()
@@ -38,9 +55,12 @@ def share_copies(
     """
     found = sharded(module)
     assert found is not None
-    if mesh.tp_size == 1:
-        return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is None and trainer.state.fn == "fit":
+            own = {"device": callback._device or module.device, "use_buffers": callback._use_buffers}
+            callback._average_model = AveragedModel(module, **own, **callback._kwargs)
+        if mesh.tp_size == 1:
+            continue
         for held in list(_modules_in(vars(callback))):
             for parent, name, copied in list(_inside(held)):
                 path = _original(copied, module, found.plan, mesh)

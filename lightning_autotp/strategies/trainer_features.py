@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any, Optional, Union
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_autotp.recipe.engine import Engine
-from lightning_autotp.strategies.callbacks import write_once
+from lightning_autotp.strategies.callbacks import average_later, write_once
 from lightning_autotp.strategies.logged import LoggedLook
 from lightning_autotp.strategies.trainer_checkpoint import CheckpointStrategy
 from lightning_autotp.training.norms import Norms, Of
@@ -25,6 +26,12 @@ class FeatureStrategy(CheckpointStrategy):
     _engine: Optional[Engine]
     _logged: Optional[LoggedLook] = None
     _write_again: Optional[Callable[[], None]] = None
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        if model._trainer is not None:
+            average_later(model._trainer)
 
     @property
     def engine(self) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from lightning_autotp import AutoTPStrategy
+from lightning_autotp import AutoTPStrategy, from_pretrained
 from lightning_autotp.checkpoint.other_states import STATES
 from lightning_autotp.cli.export import main as export
 from tests.helpers.closeness import assert_close
@@ -91,3 +93,37 @@ def test_both_the_averages_and_the_weights_are_exported(form: str, tmp_path: Pat
         assert all(torch.equal(found[name.removeprefix("model.")], tensor) for name, tensor in want.items())
     assert not torch.equal(*(one["model.lm_head.weight"] for one in (saving.averages, saving.now)))
     assert export([str(saving.path), str(tmp_path / "none"), "--state", "other"]) == 1
+
+
+class Pretrained(LanguageModel):
+    """Is on the meta device until it is sharded; with a plain Trainer it is read at once."""
+
+    def __init__(self, path: Path, read: Any) -> None:
+        super().__init__(torch.nn.Identity)
+        self.path, self.read = path, read
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, torch.nn.Identity):
+            self.model = self.read(self.path).train()
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.ranks(2)
+def test_averages_of_a_model_that_is_read_in_parts(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    if dist.get_rank() == 0:
+        tiny_llama(layers=1).save_pretrained(path)
+    dist.barrier()
+
+    def fit(model: LanguageModel, plugin: Any, **options: Any) -> dict[str, Tensor]:
+        callbacks = [KINDS[kind]()]
+        fitting = quiet_trainer(
+            strategy=plugin, callbacks=callbacks, max_epochs=2, use_distributed_sampler=False, **options
+        )
+        fitting.fit(model, token_loader(n=3))
+        return full_weights(model) | {f"average {n}": t for n, t in averages(fitting, model).items()}
+
+    got = fit(Pretrained(path, partial(from_pretrained, LlamaForCausalLM)), AutoTPStrategy(autotp_size=2))
+    with alone():
+        want = fit(Pretrained(path, LlamaForCausalLM.from_pretrained), "auto", devices=1)
+    assert_close(got, want, 1e-4, "weights and averages")
