@@ -57,7 +57,7 @@ def share_copies(
     assert found is not None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is None and trainer.state.fn == "fit":
-            own = {"device": callback._device or module.device, "use_buffers": callback._use_buffers}
+            own: dict[str, Any] = {"device": callback._device or module.device, "use_buffers": callback._use_buffers}
             callback._average_model = AveragedModel(module, **own, **callback._kwargs)
         if mesh.tp_size == 1:
             continue

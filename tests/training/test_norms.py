@@ -41,8 +41,8 @@ def test_norms_are_those_of_the_unsharded_model(model_type: str, size: int) -> N
     model: Any = small_model(small_config(model_type)).double().train()
     plain = deepcopy(model)
     want = norms(plain)
-    for name, norm in grad_norm(plain, 2).items():
-        torch.testing.assert_close(want[name], norm)
+    for name, number in grad_norm(plain, 2).items():
+        torch.testing.assert_close(want[name], number)
     expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None], 3.0)
     torch.testing.assert_close(want["gradient all 3"], expected)
     config = TPTrainingConfig(autotp_size=size)
