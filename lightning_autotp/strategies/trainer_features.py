@@ -6,6 +6,7 @@ from typing import Any, Optional, Union
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -24,6 +25,8 @@ class FeatureStrategy(CheckpointStrategy):
     """
 
     _engine: Optional[Engine]
+    _averaged: set[int]
+    """The ids of the parameters whose gradients data parallelism averages."""
     _logged: Optional[LoggedLook] = None
     _write_again: Optional[Callable[[], None]] = None
 
@@ -80,6 +83,22 @@ class FeatureStrategy(CheckpointStrategy):
         """The norm of the unsharded model's weights, the same on every rank; see :meth:`grad_norm`."""
         return self._norms.parameter_norm(of, norm_type)
 
+    # -- what thaws
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self._averaged = self._trainable()
+
+    def _trainable(self) -> set[int]:
+        return {id(parameter) for parameter in self._module.parameters() if parameter.requires_grad}
+
+    def _average_what_thawed(self) -> None:
+        """Wrap the model for data parallelism anew if parameters train that were frozen then: it leaves those out."""
+        if isinstance(self.model, DistributedDataParallel) and not self._trainable() <= self._averaged:
+            self.model = self._module
+            self.configure_ddp()
+
     # -- what is logged
 
     @property
@@ -91,6 +110,7 @@ class FeatureStrategy(CheckpointStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self._average_what_thawed()
         self._look_at_logs.before_step(self._module.trainer)
 
     @override

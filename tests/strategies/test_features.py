@@ -22,7 +22,15 @@ from tests.helpers.features.steps import STEPS
 FEATURES = {**LOOPS, **STEPS, **AVERAGES}
 LAYOUTS = {"tp2": (2, 2), "tp4": (4, 4), "tp2xdp2": (4, 2)}
 QUICK = {
-    "tp2xdp2": ["gan", "unused-in-some-steps", "ema", "prediction-writer", "torchmetrics", "generate"],
+    "tp2xdp2": [
+        "gan",
+        "unused-in-some-steps",
+        "backbone-finetuning",
+        "ema",
+        "prediction-writer",
+        "torchmetrics",
+        "generate",
+    ],
     "tp2": list(FEATURES),
 }
 """What is tried always."""
