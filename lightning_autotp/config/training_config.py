@@ -147,6 +147,10 @@ class TPTrainingConfig(_Section):
     """Of what checkpointed blocks keep for the backward pass, each rank keeps its part: less memory, for one all-gather
     a block. Needs activation checkpointing and no ``sequence_parallel``."""
 
+    broadcast_batch: Switch = False
+    """Load data on the first of the ranks that share a model, which sends the batches to the others; theirs are not
+    iterated. Each rank loads, and they are compared, without it."""
+
     check_agreement: Switch = True
     """Compare the data, the loss and replicated gradients across tensor parallel ranks at the start of a run, and later
     what was zero or not finite then."""

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Over = Union[Literal["tp", "dp", "world"], tuple[int, ...]]
-"""Which ranks take part: those that share this rank's model (``"tp"``), those that hold the same shards of it
-(``"dp"``), all of the run (``"world"``), or some of those that share this rank's model, by their tensor parallel
-ranks."""
+Over = Union[Literal["tp", "dp", "world", "host"], tuple[int, ...]]
+"""Which ranks take part: those that share this rank's model (``"tp"``; ``"host"`` for what is on the CPU, which no GPU
+waits for), those that hold the same shards of it (``"dp"``), all of the run (``"world"``), or some of those that share
+this rank's model, by their tensor parallel ranks."""
 
 Operation = Literal["sum", "max"]
 
@@ -79,6 +79,11 @@ class Collectives(ABC):
         """Start a :meth:`reduce_scatter`; the call that is returned waits for it. ``x`` must not change before."""
         scattered = self.reduce_scatter(x, over)
         return lambda: scattered
+
+    def start_all_gather(self, x: Tensor, over: Over = "tp") -> Callable[[], Tensor]:
+        """Start an :meth:`all_gather`; the call that is returned waits for it. ``x`` must not change before."""
+        gathered = self.all_gather(x, over)
+        return lambda: gathered
 
     def all_gather_matmul(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Gather the rows ``X`` of every ``x [R, K]`` and multiply ``X w_i^T``, ``w_i [N_i, K]``, fused if possible."""

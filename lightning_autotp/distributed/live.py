@@ -32,6 +32,20 @@ class LiveCollectives(Collectives):
         self.sends_between_gpus = "nccl" in str(dist.get_backend(tp_group))
         everyone = tuple(range(tp_group.size()))
         self._groups: dict[Over, Optional[ProcessGroup]] = {"tp": tp_group, everyone: tp_group, "dp": dp_group}
+        self._groups["host"] = self._on_hosts()
+
+    def _on_hosts(self) -> ProcessGroup:
+        """A group of those that share the model that sends what is on the CPU; every rank of the run must call it."""
+        if "gloo" in str(dist.get_backend(self._tp_group)):
+            return self._tp_group
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, dist.get_process_group_ranks(self._tp_group))
+        models = sorted(set(map(tuple, everyones)))
+        group, _ = dist.new_subgroups_by_enumeration(
+            [list(model) for model in models], timeout=self._timeout, backend="gloo"
+        )
+        assert group is not None
+        return group
 
     def process_group(self, over: Over = "tp") -> ProcessGroup:
         if over == "tp":  # what most calls ask for, and what a graph that is traced need not look up
@@ -72,6 +86,13 @@ class LiveCollectives(Collectives):
         stacked = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         all_gather_single(stacked, x, group=group)
         return stacked
+
+    def start_all_gather(self, x: Tensor, over: Over = "tp") -> Callable[[], Tensor]:
+        if torch.compiler.is_compiling():
+            return super().start_all_gather(x, over)
+        group = self.process_group(over)
+        stacked = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+        return partial(_waited, all_gather_single(stacked, x, group=group, async_op=True), stacked)
 
     def reduce_scatter(self, x: Tensor, over: Over = "tp") -> Tensor:
         if torch.compiler.is_compiling():

@@ -213,7 +213,7 @@ class LockstepCollectives(Collectives):
     def _members(self, over: Over) -> tuple[int, ...]:
         if isinstance(over, tuple):
             return tuple(self._tp[rank] for rank in over)
-        return {"tp": self._tp, "dp": self._dp, "world": self._world}[over]
+        return {"tp": self._tp, "host": self._tp, "dp": self._dp, "world": self._world}[over]
 
     def _ask(self, kind: str, over: Over, value: Any) -> Any:
         return self._lockstep.ask(self.world_rank, _Call(kind, self._members(over), value, _line()))

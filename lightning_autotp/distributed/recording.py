@@ -59,6 +59,10 @@ class RecordingCollectives(Collectives):
         self._count("all-gather", over, x.nbytes * self.size(over))
         return self.inner.all_gather(x, over)
 
+    def start_all_gather(self, x: Tensor, over: Over = "tp") -> Callable[[], Tensor]:
+        self._count("all-gather", over, x.nbytes * self.size(over))
+        return self.inner.start_all_gather(x, over)
+
     def reduce_scatter(self, x: Tensor, over: Over = "tp") -> Tensor:
         self._count("reduce-scatter", over, x.nbytes)
         return self.inner.reduce_scatter(x, over)

@@ -19,7 +19,7 @@ class SilentCollectives(Collectives):
 
     def __init__(self, tp_size: int, dp_size: int = 1, world_rank: int = 0) -> None:
         self.world_rank, self.tp_source = world_rank, world_rank - world_rank % tp_size
-        self._sizes = {"tp": tp_size, "dp": dp_size, "world": tp_size * dp_size}
+        self._sizes = {"tp": tp_size, "host": tp_size, "dp": dp_size, "world": tp_size * dp_size}
 
     def size(self, over: Over = "tp") -> int:
         return len(over) if isinstance(over, tuple) else self._sizes[over]

@@ -13,10 +13,19 @@ from lightning_autotp.checkpoint.state_dict import optimizer_names
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.distributed.same import require_same
 from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.proof.prover import Look, Prover
 from lightning_autotp.recipe.deriving import derive_together, is_derived
+from lightning_autotp.recipe.facts import (
+    SAME_MODEL,
+    SAME_OPTIMIZERS,
+    SAME_PLAN,
+    model_facts,
+    optimizer_facts,
+    plan_facts,
+)
 from lightning_autotp.recipe.found import Planned, Sample
 from lightning_autotp.recipe.improving import improve_together, may_improve
 from lightning_autotp.recipe.make_plan import make_plan
@@ -46,6 +55,13 @@ def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sa
     if found is not None:
         return Planned(found.plan)
     _refuse_sharded_parts(model)
+    require_same(model_facts(model), SAME_MODEL)
+    planned = _planned(model, config, mesh, sample)
+    require_same(plan_facts(planned.plan), SAME_PLAN)
+    return planned
+
+
+def _planned(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sample) -> Planned:
     if mesh.tp_size > 1 and is_derived(model, config):
         return derive_together(model, config, mesh, sample)
     planned = Planned(raised_together(lambda: make_plan(model, config, mesh.tp_size, warn=False)))
@@ -87,6 +103,7 @@ class Engine:
             prover.sharded(model)
         self.replicas = ReplicasLook(model, found.mesh, look.enabled)
         self._gradients: Optional[TPGradients] = None
+        self._scaler: Any = None
 
     @property
     def gradients(self) -> TPGradients:
@@ -139,20 +156,23 @@ class Engine:
             before(enter)
             after(leave, always_call=True)
 
-    def accept(self, optimizers: Iterable[Optimizer]) -> None:
+    def accept(self, optimizers: Iterable[Optimizer], schedulers: Iterable[Any] = ()) -> None:
         """Refuse optimizers that cannot be exact here.
 
         Raises:
+            DisagreementError: on all ranks, if they have different optimizers.
             ValueError: if one looks at whole tensors and holds a sharded one, or holds what is not the model's.
         """
         optimizers = list(optimizers)
+        require_same(optimizer_facts(self.model, optimizers, schedulers), SAME_OPTIMIZERS)
         for optimizer in optimizers:
             optimizer_names(self.model, optimizer)
         refuse_optimizers(optimizers, self.gradients.layouts)
 
     def loss_scaler(self, scaler: Any) -> Any:
         """A loss scaler like ``scaler`` that skips a step on all ranks if one of them overflows."""
-        return shared_scaler(scaler, self.mesh) if self.mesh.tp_size > 1 else scaler
+        self._scaler = shared_scaler(scaler, self.mesh) if self.mesh.tp_size > 1 else scaler
+        return self._scaler
 
     def end_training(self) -> None:
         """Take all hooks off the model, which stays sharded; steps from here on are the user's own."""
@@ -205,6 +225,8 @@ class Engine:
             self._gradients.complete()
             if optimizer is not None:
                 self.replicas.before(optimizer)
+            if self._scaler is None:  # a scaler lets gradients overflow, and skips the step on all ranks
+                self.look.each.gradients(self._gradients.whole())
 
     def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The 2-norm of the unsharded model's gradient with respect to ``parameters``; the same on every rank."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh, build_mesh
+from lightning_autotp.distributed.same import require_same
 from lightning_autotp.proof.prover import Look
 from lightning_autotp.proof.step import loss_of_batch
 from lightning_autotp.recipe.engine import Engine, plan_once
+from lightning_autotp.recipe.facts import SAME_JOB, job_facts
 from lightning_autotp.recipe.parallelized import Parallelized
 from lightning_autotp.recipe.proving import prove_sample, prover_of
 from lightning_autotp.sharding.shard import shard
@@ -64,6 +66,7 @@ def parallelize(
     """
     switches = TPTrainingConfig.load(config, **fields)
     _require_processes(model)
+    require_same(job_facts(switches), SAME_JOB)
     mesh = _agreeing(mesh, switches) if mesh is not None else build_mesh(switches.size, switches.tensor_parallel)
     device = torch.device(device) if device is not None else _own_device()
     if "dtype" in switches.model_fields_set:

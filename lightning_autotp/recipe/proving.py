@@ -10,11 +10,13 @@ from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.distributed.same import require_same
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.prover import Look, Prover, structure
 from lightning_autotp.proof.repair import Repairs
 from lightning_autotp.proof.values import Proof
 from lightning_autotp.proof.verdict import Verdict, worst
+from lightning_autotp.recipe.facts import SAME_PLAN, plan_facts
 from lightning_autotp.recipe.found import Planned
 
 
@@ -51,6 +53,7 @@ def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> 
     repairs = next((found.repairs for found, _ in told if found.repairs), Repairs())
     act_on(worst(found.verdict for found, _ in told), look, prover.switches, prover.advice)
     if repairs:
+        require_same(plan_facts(repairs.plan(prover.plan)), SAME_PLAN, None if together else mesh)
         rank_zero_info(f"lightning_autotp: as the {look.stage} step shows, {'; '.join(repairs.sentences())}.")
     return repairs
 

@@ -144,9 +144,10 @@ class AutoTPStrategy(FeatureStrategy):
         nodes, devices = self.num_nodes, self.num_processes
         check_processes(self.world_size, nodes, devices, self.config, self.cluster_environment)
         super().setup_environment()
+        if self._all_devices and self._mesh is None:
+            self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
+        self._require_one_job()
         if self._mesh is None:
-            if self._all_devices:
-                self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
             self._mesh = build_mesh(self.config.size, self.config.tensor_parallel, self._timeout)
             self._ddp_kwargs["process_group"] = self._mesh.dp_group
             if self._ddp_comm_hook is not None:
@@ -225,9 +226,9 @@ class AutoTPStrategy(FeatureStrategy):
             refuse_for_ddp(module, self._ddp_kwargs, accumulates=trainer.accumulate_grad_batches > 1)
             self.configure_ddp()
         self._reset_optimizers_and_schedulers()
-        self.setup_optimizers(trainer)
+        raised_together(lambda: self.setup_optimizers(trainer))
         self._has_optimizers = True
-        engine.accept(self.optimizers)
+        engine.accept(self.optimizers, self.lr_scheduler_configs)
         if not module.automatic_optimization:
             for optimizer in self.optimizers:  # users may step the bare optimizer, past `optimizer_step`
                 optimizer.register_step_pre_hook(lambda stepping, *_: engine.complete(stepping))
@@ -239,12 +240,6 @@ class AutoTPStrategy(FeatureStrategy):
             explain_ddp_error(exception, self.lightning_module)
 
     # -- a step -------------------------------------------------------------------------------------------------------
-
-    @override
-    def batch_to_device(self, batch: Any, device: Optional[torch.device] = None, dataloader_idx: int = 0) -> Any:
-        if self._engine is not None:
-            self._engine.batch(batch, loader=(self._module.trainer.state.stage, dataloader_idx))
-        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

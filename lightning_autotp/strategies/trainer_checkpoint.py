@@ -33,11 +33,11 @@ from lightning_autotp.distributed.errors import Processes, raised_together
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.state import sharded
-from lightning_autotp.strategies.trainer_mesh import MeshStrategy
+from lightning_autotp.strategies.trainer_data import DataStrategy
 from lightning_autotp.training.consistency import require_alike
 
 
-class CheckpointStrategy(MeshStrategy):
+class CheckpointStrategy(DataStrategy):
     """Saves and loads the unsharded model's checkpoints, as a directory or as one file.
 
     ``AutoTPStrategy`` is this and all the rest; it sets ``_save_distributed_checkpoint`` and

@@ -1,15 +1,11 @@
 """What a Lightning strategy knows of where its process stands, and over which processes it reduces."""
 
-import os
-from functools import partial
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_autotp.distributed.mesh import Mesh
@@ -72,11 +68,3 @@ class MeshStrategy(DDPStrategy):
         votes = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(votes)
         return bool(votes == dist.get_world_size()) if all else bool(votes)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        # Lightning seeds workers by global rank; ranks that share a model must draw the same augmentations
-        seeds_workers = os.environ.get("PL_SEED_WORKERS", "0") == "1"
-        if seeds_workers and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
-            dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
-        return super().process_dataloader(dataloader)

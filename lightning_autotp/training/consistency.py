@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_autotp.distributed.collectives import Over
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.distributed.same import DisagreementError
 from lightning_autotp.layout.layout import Layout
+from lightning_autotp.training.every_step import EveryStep
 from lightning_autotp.training.gradients import TPGradients
 
 _SAME_DATA = (
@@ -52,10 +54,6 @@ _SAME_SAVED = (
 )
 
 
-class DisagreementError(RuntimeError):
-    """Tensor parallel ranks hold different values where they must hold the same."""
-
-
 @dataclass(frozen=True)
 class Digest:
     """What is compared of a tensor: its shape and some numbers, which must agree to ``tolerance`` of their size."""
@@ -79,6 +77,7 @@ class FirstLook:
     def __init__(self, mesh: Mesh, enabled: bool, every: int = 0) -> None:
         self.mesh, self.every = mesh, every
         self.enabled = enabled and mesh.tp_size > 1
+        self.each = EveryStep(mesh, self.enabled)
         self._seen: set[object] = set()
         self._loss: dict[str, Digest] = {}
         self._steps: Counter[int] = Counter()
@@ -97,6 +96,7 @@ class FirstLook:
 
     def loss(self, output: Any) -> None:
         """Note what a training step returns, until :meth:`gradients` compares it."""
+        self.each.loss(output)
         if self.enabled and not self._seen & {"weights"}:
             loss = output.get("loss") if isinstance(output, Mapping) else output
             self._loss = digests(loss, "the loss")
