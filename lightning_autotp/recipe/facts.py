@@ -3,9 +3,11 @@
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,12 +23,16 @@ _PACKAGES = ("torch", "lightning", "transformers", "peft", "numpy")
 
 
 def job_facts(config: TPTrainingConfig) -> dict[str, str]:
-    """The versions of Python and of what computes, and every field of ``config``."""
+    """The versions of Python and of what computes, torch's global switches, and every field of ``config``."""
     facts = {
         "version of Python": platform.python_version(),
         "version of lightning_autotp": _version("lightning-autotp"),
     }
     facts |= {f"version of {name}": _version(name) for name in _PACKAGES}
+    facts["deterministic algorithms"] = str(torch.are_deterministic_algorithms_enabled())
+    facts["torch.backends.cudnn.benchmark"] = str(torch.backends.cudnn.benchmark)
+    facts["matmul precision"] = torch.get_float32_matmul_precision()
+    facts["default dtype"] = str(torch.get_default_dtype())
     for name in type(config).model_fields:
         value = getattr(config, name)
         if name == "tensor_parallel":  # groups are each rank's own objects
@@ -98,6 +104,8 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def text(value: Any) -> str:
     """``repr`` without addresses, which are each process's own; of tensors their values."""
+    if isinstance(value, Enum):
+        return repr(value.value)
     if isinstance(value, Tensor) and not value.is_meta:
         return f"{value.detach().cpu().tolist()} {value.dtype}"
     if callable(value) and not isinstance(value, type) and hasattr(value, "__qualname__"):

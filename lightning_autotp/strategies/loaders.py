@@ -38,7 +38,7 @@ def shared_loader(loader: Any, mesh: Mesh, config: TPTrainingConfig, name: str) 
         facts |= _facts(loader, name, length)
     if config.check_agreement:
         require_same(facts, _FIX, mesh)
-    made: Any = _Iterable(loader)
+    made: Any = type(type(loader).__name__, (_Iterable,), {})(loader)
     if isinstance(loader, DataLoader):
         made = DataLoader.__new__(_class_of(type(loader)))
         vars(made).update(vars(loader))

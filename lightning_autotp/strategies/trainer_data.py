@@ -37,8 +37,8 @@ class DataStrategy(MeshStrategy):
         dataloader = super().process_dataloader(dataloader)
         if self.tp_size == 1:
             return dataloader
-        trainer = self._module.trainer
-        dataloader = shared_loader(dataloader, self.mesh, self.config, f"the {trainer.state.stage} dataloader")
+        stage: Any = self._module.trainer.state.stage
+        dataloader = shared_loader(dataloader, self.mesh, self.config, f"the {stage.dataloader_prefix} dataloader")
         # Lightning seeds workers by global rank; ranks that share a model must draw the same augmentations
         seeds_workers = os.environ.get("PL_SEED_WORKERS", "0") == "1"
         if seeds_workers and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:
