@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Optional
 
+import torch
+
 from lightning_autotp.distributed.errors import Processes
 from lightning_autotp.distributed.mesh import Mesh
 
@@ -12,6 +14,9 @@ _MOST = 8
 
 _LONGEST = 200
 """Characters of a value that an error shows."""
+
+AT = "where the ranks are"
+"""The fact that says it."""
 
 Facts = Mapping[str, str]
 """What a rank has, by what it is called."""
@@ -29,13 +34,32 @@ def require_same(facts: Facts, fix: str, mesh: Optional[Mesh] = None) -> None:
     Raises:
         DisagreementError: on all of them alike, with what differs, the values and their ranks, and ``fix``.
     """
-    if mesh is None:
-        rank, gather = Processes().rank, Processes().gather
+    if mesh is not None:
+        told = meet(facts, mesh)
     else:
-        rank, gather = mesh.collectives.world_rank, lambda value: mesh.collectives.gather_objects(value, "host")
-    if len(set(gather(checksum(facts)))) == 1:
-        return
-    raise DisagreementError(f"{different(gather((rank, dict(facts))))}. {fix}")
+        everyone = Processes()
+        apart = len(set(everyone.gather(checksum(facts)))) > 1
+        told = everyone.gather((everyone.rank, dict(facts), None)) if apart else []
+    if told:
+        raise DisagreementError(f"{different(told)}. {fix}")
+
+
+Told = list[tuple[int, dict[str, str], Optional[str]]]
+"""Of each rank its number, its facts, and why it failed if it did."""
+
+
+def meet(facts: Facts, mesh: Mesh, failure: Optional[str] = None) -> Told:
+    """What all ranks that share a model tell if their ``facts`` differ or one has failed; nothing if they are alike.
+
+    Every one of them must call it, with a fact that says where it is: so ranks that have come to different places meet,
+    too. It sends two numbers from host to host, and all facts only where they differ.
+    """
+    mine = dict(facts) if failure is None else {**facts, "failed": failure}
+    words = torch.frombuffer(bytearray(checksum(mine)), dtype=torch.int64)
+    everyones = mesh.collectives.all_gather(words, "host").view(-1, 2)
+    if failure is None and bool((everyones == everyones[0]).all()):
+        return []
+    return mesh.collectives.gather_objects((mesh.collectives.world_rank, mine, failure), "host")
 
 
 def checksum(facts: Facts) -> bytes:
@@ -43,13 +67,13 @@ def checksum(facts: Facts) -> bytes:
     return hashlib.blake2b(repr(sorted(facts.items())).encode(errors="replace"), digest_size=16).digest()
 
 
-def different(everyones: list[tuple[int, dict[str, str]]]) -> str:
+def different(everyones: Told) -> str:
     """What differs between the facts of ranks: ``name: 'this' on rank 0, 'that' on rank 1``."""
-    names = dict.fromkeys(name for _, facts in everyones for name in facts)
+    names = dict.fromkeys(name for _, facts, _ in everyones for name in facts)
     found = []
     for name in names:
         ranks: dict[str, list[int]] = {}
-        for rank, facts in everyones:
+        for rank, facts, _ in everyones:
             ranks.setdefault(facts.get(name, "nothing"), []).append(rank)
         if len(ranks) > 1:
             found.append(f"{name} is " + ", ".join(f"{_short(value)} on {on(held)}" for value, held in ranks.items()))

@@ -14,8 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from lightning_autotp.compat import collect_random_state, set_random_state
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh
-from lightning_autotp.distributed.same import require_same
-from lightning_autotp.training.batches import Sender, meet
+from lightning_autotp.distributed.same import AT, require_same
+from lightning_autotp.training.batches import Sender, meet_batch
 
 _FIX = "Ranks that share a model must have the same loaders, of the same length"
 
@@ -31,13 +31,13 @@ def shared_loader(loader: Any, mesh: Mesh, config: TPTrainingConfig, name: str) 
         DisagreementError: on all of them, if their loaders or lengths differ.
     """
     length = _length(loader)
-    if config.broadcast_batch:
-        length = mesh.collectives.broadcast_object(length, "host")
-    facts = {name: type(loader).__qualname__}
+    facts = {AT: f"{name} is made", f"the class of {name}": type(loader).__qualname__}
     if not config.broadcast_batch:
         facts |= _facts(loader, name, length)
     if config.check_agreement:
         require_same(facts, _FIX, mesh)
+    if config.broadcast_batch:
+        length = mesh.collectives.broadcast_object(length, "host")
     made: Any = type(type(loader).__name__, (_Iterable,), {})(loader)
     if isinstance(loader, DataLoader):
         made = DataLoader.__new__(_class_of(type(loader)))
@@ -76,6 +76,8 @@ class _Shared:
         return (_Received if self.broadcasts else _Met)(self, loader, own)
 
     def share_random_state(self, loader: Any) -> None:
+        if self.checks:
+            require_same({AT: f"{self.name} begins"}, _FIX, self.mesh)
         mine = collect_random_state(include_cuda=False), [_state(one) for one in _generators(loader)]
         state, own = self.mesh.collectives.broadcast_object(mine, "host")
         if self.mesh.tp_rank:
@@ -107,7 +109,7 @@ class _Met(Iterator[Any]):
             except Exception as error:
                 self.error = error
         if self.shared.checks:
-            meet(self.shared.mesh, f"batch {self.number} of {self.shared.name}", batch, ended, self.error)
+            meet_batch(self.shared.mesh, f"batch {self.number} of {self.shared.name}", batch, ended, self.error)
         self.number += 1
         if self.error is not None:
             raise self.error

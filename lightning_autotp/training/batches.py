@@ -1,6 +1,5 @@
 """Batches of ranks that share a model: met at one place with one structure, or sent by the first of them."""
 
-import hashlib
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lightning_autotp.compat import collect_random_state, set_random_state
 from lightning_autotp.distributed.mesh import Mesh
-from lightning_autotp.distributed.same import DisagreementError, different, on
+from lightning_autotp.distributed.same import AT, DisagreementError, different, meet, on
 
 _SAME_BATCHES = (
     "Ranks that share a model must be fed the same batches: split your data by `trainer.strategy.dp_rank` of"
@@ -23,34 +22,28 @@ LARGE = 2**16
 """Bytes from which a tensor of a batch is sent by itself."""
 
 
-def meet(mesh: Mesh, place: str, batch: Any, ended: bool, error: Optional[BaseException]) -> None:
+def meet_batch(mesh: Mesh, place: str, batch: Any, ended: bool, error: Optional[BaseException]) -> None:
     """See that all ranks that share a model come to ``place`` with a batch of one structure, or to the end.
 
     Raises:
         DisagreementError: on all of them, if some have ended, or if structures differ.
         RuntimeError: on those that did not fail, if others did.
     """
-    facts = {"place": place, "state": "failed" if error is not None else "ended" if ended else "goes on"}
-    mine = [*structure_facts(batch, "batch").items(), *facts.items()]
-    whole = hashlib.blake2b(repr(mine).encode(errors="replace"), digest_size=16).digest()
-    words = torch.frombuffer(bytearray(whole), dtype=torch.int64)
-    everyones = mesh.collectives.all_gather(words, "host").view(-1, 2)
-    if error is None and bool((everyones == everyones[0]).all()):
+    state = "failed" if error is not None else "ended" if ended else "goes on"
+    facts = {AT: place, "the data": state, **structure_facts(batch, "batch")}
+    told = meet(facts, mesh, None if error is None else f"{type(error).__name__}: {error}")
+    if not told or error is not None:  # its own error is raised
         return
-    failure = None if error is None else f"{type(error).__name__}: {error}"
-    told = mesh.collectives.gather_objects((mesh.collectives.world_rank, facts, dict(mine), failure), "host")
-    failures = [f"rank {rank} failed: {text}" for rank, _, _, text in told if text is not None]
-    if error is not None:
-        return  # its own is raised
+    failures = [f"rank {rank} failed: {text}" for rank, _, text in told if text is not None]
     if failures:
         raise RuntimeError(f"{place}: {'; '.join(failures)}")
-    ended_on = [rank for rank, found, _, _ in told if found["state"] == "ended"]
-    if ended_on and len({found["place"] for _, found, _, _ in told}) == 1:
+    ended_on = [rank for rank, found, _ in told if found.get("the data") == "ended"]
+    if ended_on and len({found[AT] for _, found, _ in told}) == 1:
         others = [rank for rank, *_ in told if rank not in ended_on]
         raise DisagreementError(
             f"{place} is there on {on(others)}, and on {on(ended_on)} the data has ended before it. {_SAME_BATCHES}."
         )
-    raise DisagreementError(f"{place}: {different([(rank, facts) for rank, _, facts, _ in told])}. {_SAME_BATCHES}.")
+    raise DisagreementError(f"{place}: {different(told)}. {_SAME_BATCHES}.")
 
 
 def structure_facts(batch: Any, name: str) -> dict[str, str]:

@@ -252,6 +252,10 @@ def test_other_batches_ends_and_errors_of_one_rank_are_told_with_the_key_and_the
         "RandomSampler",
     )
     other = lambda at: lambda number, row: row + (mine() and number == at)  # noqa: E731
+    more = {"val": [DataLoader(Rows(4), batch_size=2)] * (1 + mine())}
+    says(
+        fit(Given(stream(other(-1)), **more), plugin), "where the ranks are is", "the val dataloader is made on rank 1"
+    )
     says(fed(stream(other(0))), "disagree on batch (different values between ranks 0 and 1)")
     says(fed(stream(other(10))), "train batch 5 of epoch 0: batch has different values on rank 0 and on rank 1")
     named = stream(lambda number, row: {"x": row, "y": torch.tensor(number + (mine() and number == 9))})
