@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ def digest(tensor: Tensor) -> int:
 def mark_on_device(tensor: Tensor) -> Tensor:
     """Like :func:`digest`, an int64 on the tensor's device, which nobody waits for; shapes are left to others."""
     if tensor.is_nested and tensor.layout is torch.jagged:
-        return mark_on_device(tensor.values()) * 3 + mark_on_device(tensor.offsets())
+        jagged: Any = tensor
+        return mark_on_device(jagged.values()) * 3 + mark_on_device(jagged.offsets())
     if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.numel():
         return torch.zeros((), dtype=torch.int64, device="cpu" if tensor.is_meta else tensor.device)
     data = tensor.detach()

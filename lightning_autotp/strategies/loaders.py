@@ -196,12 +196,12 @@ def _class_of(kind: type[DataLoader[Any]]) -> type:
     if kind not in _classes:
 
         def __iter__(self: Any) -> Iterator[Any]:
-            return self._autotp.iterate(self, lambda: kind.__iter__(self))  # type: ignore[no-any-return]
+            return self._autotp.iterate(self, lambda: kind.__iter__(self))
 
         def __len__(self: Any) -> int:
             if self._autotp.length is None or not self._autotp.broadcasts:
                 return kind.__len__(self)
-            return self._autotp.length  # type: ignore[no-any-return]
+            return self._autotp.length
 
         _classes[kind] = type(kind.__name__, (kind,), {"__iter__": __iter__, "__len__": __len__, "_autotp": None})
     return _classes[kind]

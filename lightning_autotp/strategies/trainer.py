@@ -108,6 +108,7 @@ class AutoTPStrategy(FeatureStrategy):
         verify_checksums: Optional[bool] = None,
         async_checkpoint: Optional[bool] = None,
         sample_batch: Any = None,
+        broadcast_batch: Optional[bool] = None,
         **kwargs: Any,
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters

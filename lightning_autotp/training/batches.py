@@ -97,7 +97,8 @@ class Sender:
         Raises:
             RuntimeError: if loading failed; on the first rank its own error.
         """
-        state, payload, large, made, error = 0, b"", [], None, None
+        state, payload, made, error = 0, b"", None, None
+        large: list[Tensor] = []
         if load is not None:
             before = collect_random_state(include_cuda=False)
             try:

@@ -110,7 +110,7 @@ class EveryStep:
         for slot, what in ((SLOTS, "loss"), (SLOTS + 1, "gradients")):
             where = [rank for rank, one in zip(ranks, everyones) if one[slot]]
             if where and len(where) < len(ranks):
-                found = next((bad for rank, bad in told if rank in where and bad), [])
+                found: list[str] = next((bad for rank, bad in told if rank in where and bad), [])
                 thing = "the loss" if what == "loss" else f"the gradient of {', '.join(found[:5]) or 'a parameter'}"
                 others = [rank for rank in ranks if rank not in where]
                 raise DisagreementError(

@@ -16,7 +16,14 @@ from lightning_autotp import AutoTPStrategy, TPTrainingConfig, verify
 from lightning_autotp.estimation.job import Job
 from tests.helpers.command_line import autotp, parsed, text_file, write
 
-SWITCHES = ("tp_overlap_comm", "broadcast_batch", "sequence_parallel", "compile", "shard_saved_activations", "check_agreement")
+SWITCHES = (
+    "tp_overlap_comm",
+    "broadcast_batch",
+    "sequence_parallel",
+    "compile",
+    "shard_saved_activations",
+    "check_agreement",
+)
 OWN_SWITCHES = (
     *("save_distributed_checkpoint", "exclude_frozen_parameters", "find_unused_parameters", "static_graph"),
     *("gradient_as_bucket_view", "broadcast_buffers", "init_sync"),

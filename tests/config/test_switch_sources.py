@@ -382,7 +382,14 @@ def test_names_and_order_of_arguments_stay() -> None:
         *("sequence_parallel", "loss_parallel", "compile", "shard_saved_activations", "save_distributed_checkpoint"),
         *("exclude_frozen_parameters", "check_agreement", "check_every_n_steps", "proof", "process_group_backend"),
         *("timeout", "start_method", "find_unused_parameters", "static_graph", "gradient_as_bucket_view"),
-        *("unsafe_checkpoint_load", "verify_checksums", "async_checkpoint", "sample_batch", "kwargs"),
+        *(
+            "unsafe_checkpoint_load",
+            "verify_checksums",
+            "async_checkpoint",
+            "sample_batch",
+            "broadcast_batch",
+            "kwargs",
+        ),
     ]
     assert all(parameters[name].default is None for name in TPTrainingConfig.model_fields)
     strategy = AutoTPStrategy({"preset_model": "llama"}, 4, "bf16", True)

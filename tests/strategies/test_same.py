@@ -71,7 +71,7 @@ def test_another_config_version_or_argument_of_the_trainer_is_told_with_values_a
     other = {"layer_specs": [*RULES["layer_specs"], {"patterns": ["nothing"], "partition_type": "skip"}]}
     says(fit(plugin={"partition_config": other if mine() else RULES}), "partition_config['layer_specs'] is")
     says(lambda: trainer(strategy(1 + mine())).fit(Regressor()), "autotp_size is 1 on rank 0, 2 on rank 1")
-    for name, values in {
+    arguments: dict[str, Any] = {
         "max_steps": (2, 3),
         "max_epochs": (1, 2),
         "accumulate_grad_batches": (1, 2),
@@ -87,7 +87,8 @@ def test_another_config_version_or_argument_of_the_trainer_is_told_with_values_a
         "overfit_batches": (0.0, 2),
         "check_val_every_n_epoch": (1, 2),
         "reload_dataloaders_every_n_epochs": (0, 1),
-    }.items():
+    }
+    for name, values in arguments.items():
         says(fit(**{name: values[mine()]}), f"Trainer({name}) is {values[0]!r} on rank 0, {values[1]!r} on rank 1")
     switch = torch.use_deterministic_algorithms
     says(lambda: (switch(bool(mine())), fit()()), "deterministic algorithms is False on rank 0, True on rank 1")
@@ -110,12 +111,12 @@ class Wide(Net):
 
 
 class Optimized(Regressor):
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, optimizers: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.make = make
+        self.optimizers_of = optimizers
 
     def configure_optimizers(self) -> Any:
-        return self.make(self)
+        return self.optimizers_of(self)
 
 
 def grouped(model: nn.Module, cut: int) -> Any:
@@ -233,7 +234,7 @@ class NotANumberBehind(torch.autograd.Function):
 
 class BadGradient(Given):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        shift: Any = self.net.norm.bias
+        shift: Any = self.net.get_parameter("norm.bias")
         extra = NotANumberBehind.apply(shift).sum() * 0.0 if mine() and batch_idx == 2 else shift.sum() * 0.0
         return super().training_step(batch, batch_idx) + extra
 
@@ -252,7 +253,7 @@ def test_other_batches_ends_and_errors_of_one_rank_are_told_with_the_key_and_the
         "RandomSampler",
     )
     other = lambda at: lambda number, row: row + (mine() and number == at)  # noqa: E731
-    more = {"val": [DataLoader(Rows(4), batch_size=2)] * (1 + mine())}
+    more: dict[str, Any] = {"val": [DataLoader(Rows(4), batch_size=2)] * (1 + mine())}
     says(
         fit(Given(stream(other(-1)), **more), plugin), "where the ranks are is", "the val dataloader is made on rank 1"
     )
