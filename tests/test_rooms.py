@@ -18,8 +18,9 @@ import lightning_autotp
 
 ROOMS = (
     *("compat", "diagnostics", "layout", "specs", "presets", "config", "kernels", "model_sources", "introspection"),
-    *("plans", "dataflow", "planning", "distributed", "parallel", "losses", "sharding", "optimizers", "training"),
-    *("checkpoint", "proof", "derivation", "recipe", "verification", "estimation", "strategies", "cli", "examples"),
+    *("plans", "dataflow", "planning", "distributed", "randomness", "parallel", "losses", "sharding", "optimizers"),
+    *("training", "checkpoint", "proof", "derivation", "recipe", "verification", "estimation", "strategies", "cli"),
+    "examples",
 )
 """By stage: data goes one way, from the first to the last."""
 

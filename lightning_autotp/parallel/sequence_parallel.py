@@ -41,6 +41,10 @@ class Batch:
         self.again = ""
         """The block that was last computed again."""
 
+    def tokens(self) -> int:
+        """How many tokens the forward pass under way has."""
+        return self.count * self.length
+
     def begin(self, rows: int, length: int, path: str) -> None:
         """The first block, at ``path``, is called with ``rows`` sequences of ``length``."""
         self.count, self.length = rows, length

@@ -15,6 +15,7 @@ from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.claims import NEEDS_SUM
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.copying import empty_copy, fill, own_copy
 from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.live import Attributes, as_live, attributes, flags
@@ -22,9 +23,10 @@ from lightning_autotp.proof.processes import WithoutProcesses
 from lightning_autotp.proof.repair import proved_or_repaired
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
-from lightning_autotp.proof.values import Proof, prove_values, quiet
+from lightning_autotp.proof.values import prove_values, quiet
 from lightning_autotp.proof.verdict import Verdict, worst
 from lightning_autotp.proof.watched import Decisions
+from lightning_autotp.randomness.sites import Sites
 
 LARGEST = 32_000_000
 """Parameters that a model may have to be proved by values, which takes 8 bytes for each of them, twice."""
@@ -82,6 +84,8 @@ class Prover:
         self._before: Attributes = {}
         self._trains: Key = ()
         self._seen: set[Key] = set()
+        self.sites = Sites()
+        """How what the steps draw is sharded, as far as they were seen."""
         self.trained = 0
         """How many kinds of training steps were seen."""
         self.known: Optional[tuple[Look, Verdict]] = None
@@ -184,7 +188,8 @@ class Prover:
         first = sorted({made_first.index(line) for line in made_first})
         for place in first[:_MOST_BRANCHES] if proof.verdict.kind != "refuted" else ():
             line = made_first[place]
-            other = self._values(made, replace(step, decisions=Decisions(frozenset({place}))), plan).verdict
+            of_other = self._values(made, replace(step, decisions=Decisions(frozenset({place}))), plan)
+            proof, other = replace(proof, sites=proof.sites.with_more(of_other.sites)), of_other.verdict
             if other.kind == "unknown":
                 other = _unknown(f"{line}, and what it does otherwise could not be followed")
             found.append(_said_of(other, line))

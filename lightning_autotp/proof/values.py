@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Optional
 
@@ -25,10 +25,10 @@ from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.distributed.lockstep import CollectiveMismatchError, Lockstep
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.compared import Compared, Proof
 from lightning_autotp.proof.copying import alias_copy, own_copy
+from lightning_autotp.proof.draws import Draws, sites_of
 from lightning_autotp.proof.error_metrics import (
-    BOUNDS,
-    Bounds,
     Errors,
     Precision,
     comparable,
@@ -41,25 +41,17 @@ from lightning_autotp.proof.error_metrics import (
 from lightning_autotp.proof.events import Events, opaque_modules
 from lightning_autotp.proof.first_difference import before_the_failure, first_difference
 from lightning_autotp.proof.processes import WithoutProcesses
-from lightning_autotp.proof.randomness import without_randomness
-from lightning_autotp.proof.repair import Repairs, proved_or_repaired
+from lightning_autotp.proof.randomness import attention_guarded, without_randomness
+from lightning_autotp.proof.repair import proved_or_repaired
 from lightning_autotp.proof.rounded import Rounded
 from lightning_autotp.proof.source import failing_line
 from lightning_autotp.proof.step import Gradients, Seen, Step
 from lightning_autotp.proof.verdict import Kind, Verdict
+from lightning_autotp.randomness.mode import RandomNumbers
+from lightning_autotp.randomness.sites import Sites
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.training.gradients import TPGradients
 from lightning_autotp.training.norms import Norms
-
-WRONG: dict[Precision, float] = {"fp64": 1e-3, "fp32": 3e-2}
-"""The smallest error of a gradient that is surely wrong; between it and the largest of what is right, rounding may be
-the reason. A loss or an output is held to as much less as the bounds of right ones are.
-"""
-
-DOUBLE = Bounds(1e-9, 1e-7)
-"""What is right where all is computed in fp64: nets are right to 1e-10 there, and a mistake may be small."""
-
-DOUBLE_WRONG = 1e-6
 
 PARTIAL_SUM = "On each rank it is a partial sum"
 
@@ -69,44 +61,6 @@ _SHOWN = 6
 
 class NotRunError(Exception):
     """The unsharded step does not run; says why."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A step, unsharded and on every rank.
-
-    Args:
-        model: the model that was sharded for each rank.
-        precision: what was computed in.
-        full: the unsharded run.
-        ranks: by rank; empty if one failed.
-        error: what the first rank that failed raised.
-        random: the lines that draw random numbers.
-        events: of the unsharded run and of the ranks as far as they came, if they were to be watched.
-        double: whether all of the unsharded run was computed in fp64.
-    """
-
-    model: nn.Module
-    precision: Precision
-    full: Seen
-    ranks: tuple[Seen, ...]
-    error: Optional[BaseException]
-    random: tuple[str, ...]
-    events: tuple[Events, ...] = ()
-    double: bool = False
-
-    @property
-    def bounds(self) -> tuple[Bounds, float]:
-        """How large errors of what is right may be, and from where on they are surely wrong."""
-        return (DOUBLE, DOUBLE_WRONG) if self.double else (BOUNDS[self.precision], WRONG[self.precision])
-
-
-@dataclass(frozen=True)
-class Proof:
-    """A verdict, and the repairs of the plan with which it holds."""
-
-    verdict: Verdict
-    repairs: Repairs = Repairs()
 
 
 def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfig, step: Step) -> Proof:
@@ -122,13 +76,20 @@ def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfi
     """
     disturb(model)
 
+    looked_at: list[tuple[ShardingPlan, Compared]] = []
+
     def prove(plan: ShardingPlan) -> tuple[Verdict, tuple[str, ...]]:
         compared = run(model, plan, switches, step)
+        looked_at.append((plan, compared))
         verdict = replace(judge(compared, plan), random=compared.random)
         return verdict, tuple(one.where for one in verdict.findings if one.fix.startswith(PARTIAL_SUM))
 
     try:
         verdict, repairs = proved_or_repaired(model, plan, prove)
+        if verdict.kind == "proved" and verdict.random:
+            repaired = repairs.plan(plan) if repairs else plan
+            compared = next(compared for looked, compared in reversed(looked_at) if looked == repaired)
+            return with_randomness(Proof(verdict, repairs), compared, repaired, switches, step)
         if repairs:
             return Proof(verdict, repairs)
         if verdict.kind != "proved" or not verdict.compared:
@@ -137,6 +98,31 @@ def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfi
     except NotRunError as error:
         verdict = Verdict("unknown", (Diagnostic("warning", "the step", str(error)),))
     return Proof(verdict)
+
+
+def with_randomness(
+    proof: Proof, compared: Compared, plan: ShardingPlan, switches: TPTrainingConfig, step: Step
+) -> Proof:
+    """The proof of a step without its random numbers, and with them if ranks take their part of the unsharded ones.
+
+    Args:
+        proof: without.
+        compared: the runs of it.
+        plan: the plan of these.
+        switches: the config.
+        step: the step.
+    """
+    sites = compared.sites
+    if sites is None:
+        return proof
+    if sites:
+        try:
+            exact = judge(_run(compared.model, plan, switches, step, compared.precision, sites=sites), plan)
+        except NotRunError:
+            return replace(proof, sites=sites)
+        if exact.kind != "proved":
+            return replace(proof, sites=sites)
+    return replace(proof, verdict=replace(proof.verdict, random=()), sites=sites)
 
 
 def _explained(
@@ -193,11 +179,14 @@ def _run(
     step: Step,
     precision: Precision,
     watched: bool = False,
+    sites: Optional[Sites] = None,
 ) -> Compared:
     cast = _double if precision == "fp64" else _single
     lines: list[str] = []
     rounded = Rounded()
     events: dict[int, Events] = {}
+    draws: list[Draws] = []
+    of_ranks: dict[int, Draws] = {}
 
     def watching(model: nn.Module, place: int) -> AbstractContextManager[None]:
         if not watched:
@@ -207,7 +196,9 @@ def _run(
 
     def unsharded(mesh: Mesh) -> Seen:
         seen = Seen(own_copy(model), cast=lambda batch: tree_map(cast, batch))
-        with WithoutProcesses(), without_randomness(lines), watching(seen.model, 0), rounded:
+        draws.append(Draws(seen.model))
+        settled = attention_guarded() if sites is not None else without_randomness(lines, draws[0])
+        with WithoutProcesses(), settled, watching(seen.model, 0), rounded:
             step(seen)
         return seen
 
@@ -222,7 +213,11 @@ def _run(
         gradients = TPGradients(copy, found)
         seen = Seen(copy, gradients.complete, lambda batch: tree_map(cast, batch), norms=Norms(copy, gradients))
         saving = nullcontext() if found.saved is None else found.saved.step()
-        with WithoutProcesses(), without_randomness([]), saving, watching(copy, 1 + mesh.tp_rank):
+        of_ranks[mesh.tp_rank] = Draws(copy)
+        numbers = RandomNumbers(copy, mesh, found.batch.tokens)
+        numbers.learn(sites or Sites())
+        settled = numbers.active() if sites is not None else without_randomness([], of_ranks[mesh.tp_rank])
+        with WithoutProcesses(), settled, saving, watching(copy, 1 + mesh.tp_rank):
             step(seen)
         gradients.remove()
         return seen
@@ -240,7 +235,8 @@ def _run(
             ranks = Lockstep[Seen](plan.tp_size).run(sharded)
         except Exception as error:
             return made(ranks=(), error=error, events=_in_order(events))
-    return made(ranks=tuple(ranks), error=None, events=_in_order(events))
+    found = sites_of(draws[0], [of_ranks[rank] for rank in sorted(of_ranks)], plan)
+    return made(ranks=tuple(ranks), error=None, events=_in_order(events), sites=found)
 
 
 def _in_order(events: Mapping[int, Events]) -> tuple[Events, ...]:

@@ -17,6 +17,7 @@ from lightning_autotp.distributed.same import require_same
 from lightning_autotp.optimizers.support import refuse_optimizers
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.proof.prover import Look, Prover
+from lightning_autotp.randomness.mode import RandomNumbers
 from lightning_autotp.recipe.deriving import derive_together, is_derived
 from lightning_autotp.recipe.facts import (
     SAME_MODEL,
@@ -35,7 +36,7 @@ from lightning_autotp.training.compile import is_compiled
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.gradients import TPGradients, shared_scaler
 from lightning_autotp.training.norms import Norms
-from lightning_autotp.training.random_state import share_random_state, warn_of_dropout
+from lightning_autotp.training.random_state import share_random_state, undisturbed, warn_of_draw, warn_of_dropout
 from lightning_autotp.training.replicas import ReplicasLook
 
 
@@ -56,7 +57,8 @@ def plan_once(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sa
         return Planned(found.plan)
     _refuse_sharded_parts(model)
     require_same(model_facts(model), SAME_MODEL)
-    planned = _planned(model, config, mesh, sample)
+    with undisturbed():
+        planned = _planned(model, config, mesh, sample)
     require_same(plan_facts(planned.plan), SAME_PLAN)
     return planned
 
@@ -99,8 +101,10 @@ class Engine:
     def __init__(self, model: nn.Module, found: Sharded, look: FirstLook, prover: Optional[Prover] = None) -> None:
         self.model, self.sharded, self.mesh = model, found, found.mesh
         self.look, self.prover = look, prover
+        self.random = RandomNumbers(model, self.mesh, found.batch.tokens, warn_of_draw)
         if prover is not None:
             prover.sharded(model)
+            self._learn_of_draws(prover)
         self.replicas = ReplicasLook(model, found.mesh, look.enabled)
         self._gradients: Optional[TPGradients] = None
         self._scaler: Any = None
@@ -128,8 +132,16 @@ class Engine:
         self._gradients = TPGradients(self.model, self.sharded, compiled=is_compiled(self.model))
         self.sharded.overlap.measure(autocast)
         share_random_state(self.mesh, device)
-        if self.mesh.tp_size > 1:
+        if self.mesh.tp_size > 1 and self.prover is None:
             warn_of_dropout(self.model, self.sharded.plan)
+
+    def _learn_of_draws(self, prover: Prover) -> None:
+        """Let the ranks draw their parts of the unsharded model's random numbers, where it was seen what these are."""
+        if is_compiled(self.model):
+            if prover.sites:
+                warn_of_dropout(self.model, self.sharded.plan, compiled=True)
+            return
+        self.random.learn(prover.sites)
 
     def watch_calls(self) -> None:
         """Do around the model's own calls what a strategy does around its steps, for a loop that has no such hooks.
@@ -193,6 +205,7 @@ class Engine:
         if self.prover is None or not self.prover.is_new(self.model, look):
             return
         repairs = prove_together(self.prover, self.model, look, self.mesh)
+        self._learn_of_draws(self.prover)
         if repairs:
             self.prover.plan = repairs.plan(self.sharded.plan)
             self.sharded = with_plan(self.model, self.prover.plan)
@@ -209,14 +222,15 @@ class Engine:
     def training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``step``, a forward pass that ends in a loss, returns."""
         saved = self.sharded.saved
-        with nullcontext() if saved is None else saved.step():
+        with nullcontext() if saved is None else saved.step(), self.random.active():
             output = step(*args, **kwargs)
         self.look.loss(output)
         return output
 
     def evaluation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``step``, a forward pass without gradients, returns; the first one's outputs are compared."""
-        return self.look.step(called_around(self.model, self.sharded.plan), step, *args, **kwargs)
+        with self.random.active():
+            return self.look.step(called_around(self.model, self.sharded.plan), step, *args, **kwargs)
 
     def complete(self, optimizer: Optional[Optimizer] = None) -> None:
         """Make the gradients those of the unsharded model, if they are not yet; the first ones are compared."""

@@ -12,12 +12,13 @@ from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.same import require_same
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.prover import Look, Prover, structure
 from lightning_autotp.proof.repair import Repairs
-from lightning_autotp.proof.values import Proof
 from lightning_autotp.proof.verdict import Verdict, worst
 from lightning_autotp.recipe.facts import SAME_PLAN, plan_facts
 from lightning_autotp.recipe.found import Planned
+from lightning_autotp.training.random_state import warn_of_dropout
 
 
 class PlanRefutedError(ValueError):
@@ -51,7 +52,17 @@ def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> 
     told = mesh.collectives.gather_objects((proof, structure(look.args[0])), "world" if together else "tp")
     _require_one_structure([found for _, found in told], look)
     repairs = next((found.repairs for found, _ in told if found.repairs), Repairs())
-    act_on(worst(found.verdict for found, _ in told), look, prover.switches, prover.advice)
+    for found, _ in told:
+        prover.sites = prover.sites.with_more(found.sites)
+    verdict = worst(found.verdict for found, _ in told)
+    act_on(verdict, look, prover.switches, prover.advice)
+    if verdict.kind == "unknown" and look.stage == "training":
+        warn_of_dropout(model, prover.plan)
+    elif verdict.random:
+        rank_zero_warn(
+            f"what the ranks draw in the {look.stage} step is not, or not known to be, what the unsharded model draws:"
+            f" {', '.join(verdict.random)}."
+        )
     if repairs:
         require_same(plan_facts(repairs.plan(prover.plan)), SAME_PLAN, None if together else mesh)
         rank_zero_info(f"lightning_autotp: as the {look.stage} step shows, {'; '.join(repairs.sentences())}.")

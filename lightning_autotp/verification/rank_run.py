@@ -21,6 +21,7 @@ from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.model_sources.factory import from_factory, loss_of
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.error_metrics import (
     BOUNDS,
     Errors,
@@ -34,7 +35,7 @@ from lightning_autotp.proof.error_metrics import (
 )
 from lightning_autotp.proof.prover import Look
 from lightning_autotp.proof.step import loss_of_batch, loss_step
-from lightning_autotp.proof.values import Proof, prove_values
+from lightning_autotp.proof.values import prove_values
 from lightning_autotp.proof.verdict import Verdict
 from lightning_autotp.recipe.engine import plan_once
 from lightning_autotp.sharding.shard import shard

@@ -26,8 +26,9 @@ from lightning_autotp.distributed.lockstep import Lockstep
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.step import loss_of_batch, loss_step
-from lightning_autotp.proof.values import Proof, prove_values
+from lightning_autotp.proof.values import prove_values
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import Sharded
 from lightning_autotp.training.gradients import TPGradients

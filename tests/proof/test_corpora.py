@@ -12,9 +12,10 @@ import torch
 
 from lightning_autotp import AutoTPStrategy
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.prover import Look, Prover
 from lightning_autotp.proof.step import loss_of_batch, loss_step
-from lightning_autotp.proof.values import Proof, prove_values
+from lightning_autotp.proof.values import prove_values
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.recipe.proving import PlanRefutedError
 from tests.helpers.closeness import assert_close

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.proof import prover as prover_module
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.prover import Look, Prover
 from lightning_autotp.proof.step import loss_of_batch
-from lightning_autotp.proof.values import Proof
 from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.hf_trials import proof_batch, trial_of, truth_of
 from tests.helpers.small_nets import RULES, Net, Regressor, Rows

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.proof import repair
+from lightning_autotp.proof.compared import Proof
 from lightning_autotp.proof.step import loss_of_batch, loss_step
-from lightning_autotp.proof.values import Proof, prove_values
+from lightning_autotp.proof.values import prove_values
 from lightning_autotp.recipe.make_plan import make_plan
 from tests.helpers.nets.frame import Net, right
 from tests.helpers.nets.judge import error_of, unsharded
