@@ -68,6 +68,7 @@ __all__ = [
     "assert_async",
     "autocast_dtype",
     "can_set_experts_implementation",
+    "begin_data_of_next_epoch",
     "collect_random_state",
     "convert_checkpoint",
     "experts_implementation",
@@ -219,6 +220,16 @@ def collect_random_state(*, include_cuda: bool) -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put back what :func:`collect_random_state` collected."""
     _set_rng_states(state)
+
+
+def begin_data_of_next_epoch(trainer: Any) -> None:
+    """Make the training data's iterators anew where a run is resumed between two epochs.
+
+    Lightning makes them before it restores anything, and not again for that epoch, as it does in a run that goes on.
+    """
+    loop = trainer.fit_loop
+    if loop.epoch_loop.batch_progress.is_last_batch and loop._data_fetcher is not None:
+        iter(loop._data_fetcher)
 
 
 @contextmanager

@@ -28,10 +28,12 @@ from lightning_autotp.checkpoint.safe_load import load_with, plain
 from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, of_first_rank, optimizer_names
 from lightning_autotp.checkpoint.tensors import RECORD, tensors_of
+from lightning_autotp.compat import begin_data_of_next_epoch
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import Processes, raised_together
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.randomness.saved import RANDOM, random_states, set_random_states
 from lightning_autotp.sharding.state import sharded
 from lightning_autotp.strategies.trainer_data import DataStrategy
 from lightning_autotp.training.consistency import require_alike
@@ -51,6 +53,8 @@ class CheckpointStrategy(DataStrategy):
     """Whether those there are belong to the run that goes on, and not to an earlier fit."""
 
     _loaded_from: Optional[AnyPath] = None
+    _random_states: Optional[list[Mapping[str, Any]]] = None
+    """Those of the checkpoint that is resumed from, until training starts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -127,6 +131,8 @@ class CheckpointStrategy(DataStrategy):
             return  # before any run processes do not know each other, and the first one has all
         placement = self._placement
         checkpoint = saying(checkpoint, states := states_in(checkpoint, placement))
+        if "optimizer_states" in checkpoint and self._mesh is not None:
+            checkpoint = {**checkpoint, RANDOM: random_states(self.mesh, self.root_device)}
         require_alike(taken_out(checkpoint, states)[0], placement.layouts.values(), placement.mesh)
         # Slurm may end this process as soon as Lightning has saved for it
         beside = self._trains and self.config.async_checkpoint and not path.name.startswith("hpc_ckpt_")
@@ -188,6 +194,10 @@ class CheckpointStrategy(DataStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._trains = True
+        if self._random_states is not None:  # now: loaders and the first look have drawn what they draw
+            set_random_states(self._random_states, self.mesh, self.root_device)
+            begin_data_of_next_epoch(self._module.trainer)
+            self._random_states = None
         if self.config.async_checkpoint:
             self._background.open(self._timeout)
 
@@ -233,6 +243,7 @@ class CheckpointStrategy(DataStrategy):
             found = self._of_ours(path, unsafe, fitting=fitting)
             if fitting and found.get("optimizer_states") == []:
                 rank_zero_warn(f"{path} holds no optimizer's state: optimizers begin anew.")
+        self._random_states = found.get(RANDOM) if fitting else None
         if fitting and self._has_optimizers and "optimizer_states" in found:
             found["optimizer_states"] = of_this_run(found["optimizer_states"], self._optimizer_names(), self._placement)
         return found

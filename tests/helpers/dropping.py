@@ -80,9 +80,10 @@ class Dropping(LightningModule):
         if again:
             self.net.gradient_checkpointing_enable({"use_reentrant": again == "reentrant"})
             self.net.enable_input_require_grads()
-        self.count, self.losses = count, list[float]()
+        self.count, self.losses, self.states = count, list[float](), list[Tensor]()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.states.append(torch.get_rng_state())
         out = self.net(batch)
         logits = out if isinstance(out, Tensor) else out.logits if "logits" in out else out.last_hidden_state
         logits = F.dropout(logits, 0.1)
