@@ -81,7 +81,7 @@ def prove_values(model: nn.Module, plan: ShardingPlan, switches: TPTrainingConfi
     def prove(plan: ShardingPlan) -> tuple[Verdict, tuple[str, ...]]:
         compared = run(model, plan, switches, step)
         looked_at.append((plan, compared))
-        verdict = replace(judge(compared, plan), random=compared.random)
+        verdict = replace(judge(compared, plan), random=compared.random, draws=bool(compared.random))
         return verdict, tuple(one.where for one in verdict.findings if one.fix.startswith(PARTIAL_SUM))
 
     try:

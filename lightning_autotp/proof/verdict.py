@@ -27,6 +27,7 @@ class Verdict:
         unproved: parameters that the step did not use, of which nothing is known.
         random: the lines of code that draw random numbers, up to which it is proved.
         compared: whether the step gave anything to compare.
+        draws: whether the step draws random numbers.
     """
 
     kind: Kind
@@ -35,6 +36,7 @@ class Verdict:
     unproved: tuple[str, ...] = ()
     random: tuple[str, ...] = ()
     compared: bool = True
+    draws: bool = False
 
     def __str__(self) -> str:
         """The verdict and its findings, one a line."""
@@ -62,4 +64,5 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
         return tuple(dict.fromkeys(line for verdict in found for line in getattr(verdict, name)))
 
     findings = tuple(dict.fromkeys(one for verdict in found if verdict.kind != "proved" for one in verdict.findings))
-    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"))
+    draws = any(verdict.draws for verdict in found)
+    return Verdict(kind, findings, union("assumed"), union("unproved"), union("random"), draws=draws)

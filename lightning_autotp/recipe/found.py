@@ -64,8 +64,13 @@ class Found:
     repairs: Repairs = Repairs()
 
     def proof_for(self, look: Optional[Look]) -> Optional[tuple[Look, Verdict]]:
-        """The step and its verdict, if it was proved in this process and stands for no other step."""
-        return (look, self.verdict) if look is not None and look.own and self.verdict.kind == "proved" else None
+        """The step and its verdict, if it was proved in this process and stands for no other step.
+
+        What a step draws is looked at again when it is taken: how that is sharded is not kept.
+        """
+        if look is None or not look.own or self.verdict.kind != "proved" or self.verdict.draws or self.verdict.random:
+            return None
+        return look, self.verdict
 
 
 Looked = tuple[Optional[Look], Optional[Found], str]
