@@ -51,13 +51,16 @@ def assert_unsharded_run(name: str, tp: int) -> None:
     assert_close(weights(model), parts_of(model, full), 1e-4, "weight")
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("odd", "odd-recomputed-reentrant", "llama-recomputed", "gpt2-sequence-recomputed", "bert-derived")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in CASES])
 @pytest.mark.ranks(2)
 def test_two_ranks_have_the_masks_of_the_unsharded_run(name: str) -> None:
     assert_unsharded_run(name, 2)
 
 
-@pytest.mark.parametrize("name", ["odd", "gpt2"])
+@pytest.mark.parametrize("name", ["odd", pytest.param("gpt2", marks=pytest.mark.long)])
 @pytest.mark.ranks(4)
 def test_four_ranks_have_the_masks_of_the_unsharded_run(name: str) -> None:
     assert_unsharded_run(name, 4)

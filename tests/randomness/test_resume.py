@@ -12,8 +12,9 @@ from tests.helpers.dropping import ODD_RULES, Dropping, Oddities, llama
 from tests.helpers.small_nets import strategy, trainer
 
 
-@pytest.mark.parametrize("save", [True, False], ids=["directory", "file"])
-@pytest.mark.parametrize("at", [2, 3], ids=["within-the-epoch", "at-its-end"])
+@pytest.mark.parametrize(
+    ("save", "at"), [(True, 3), (False, 2), pytest.param(True, 2, marks=pytest.mark.long)], ids=str
+)
 @pytest.mark.ranks(2)
 def test_a_resumed_run_goes_on_with_the_masks(save: bool, at: int, tmp_path: Path) -> None:
     rules = {"partition_config": ODD_RULES, "save_distributed_checkpoint": save}
@@ -30,8 +31,9 @@ def test_a_resumed_run_goes_on_with_the_masks(save: bool, at: int, tmp_path: Pat
         assert resumed.losses == through.losses[at:]
 
 
+@pytest.mark.long
 @pytest.mark.ranks(4)
-def test_a_run_on_two_ranks_is_resumed_on_four_with_the_same_masks(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_another_switch_and_the_same_masks(tmp_path: Path) -> None:
     torch.manual_seed(5)
     through = Dropping(llama)
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
