@@ -94,7 +94,7 @@ def _by_place(draws: Draws) -> dict[tuple[str, Chain, int], Noted]:
     found = {}
     for one in draws.noted:
         place = (one.function, one.chain)
-        found[(*place, times[place])] = one
+        found[one.function, one.chain, times[place]] = one
         times[place] += 1
     return found
 

@@ -131,7 +131,7 @@ def full_like(part: Part, local: Tensor, order: Sequence[int], value: float) -> 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """The dims of ``tensor``, the outermost in memory first."""
-    return tuple(sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), dim)))
+    return tuple(sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride()[dim], dim)))
 
 
 def _index(indices: tuple[int, ...]) -> Index:

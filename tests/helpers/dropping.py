@@ -78,8 +78,9 @@ class Dropping(LightningModule):
             torch.manual_seed(1)
             self.net: Any = make()
         if again:
-            self.net.gradient_checkpointing_enable({"use_reentrant": again == "reentrant"})
-            self.net.enable_input_require_grads()
+            model: Any = self.net
+            model.gradient_checkpointing_enable({"use_reentrant": again == "reentrant"})
+            model.enable_input_require_grads()
         self.count, self.losses, self.states = count, list[float](), list[Tensor]()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
