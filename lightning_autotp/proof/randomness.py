@@ -73,7 +73,7 @@ class _Settled(FollowingMode):
             _require_heads(*args[:3])
         if not name or not draws(name, args, kwargs) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
-        given = args[0] if args and isinstance(args[0], Tensor) else None
+        given: Any = args[0] if args and isinstance(args[0], Tensor) else None
         given = next((kwargs[n] for n in ("input", "query", "logits") if n in kwargs), None) if given is None else given
         if name in DROPOUTS:
             self._note(name, given)

@@ -18,7 +18,7 @@ from lightning_autotp.randomness.cut import Part
 from lightning_autotp.randomness.draw import NotDrawnError, draw, tensors_of
 from lightning_autotp.randomness.functions import draws, name_if_random
 from lightning_autotp.randomness.own_stream import own_stream
-from lightning_autotp.randomness.places import Walk, names_of, starred
+from lightning_autotp.randomness.places import Item, Walk, names_of, starred
 from lightning_autotp.randomness.sites import InTurn, Key, Site, Sites
 
 
@@ -129,7 +129,7 @@ class RandomNumbers:
         if not isinstance(found, InTurn):
             return found
         key = (*key, *walk)  # a recompute is counted by itself
-        path = next((str(item.path) for item in key[1:] if _is_at(item, found.path)), found.path)
+        path = next((str(item.path) for item in key if isinstance(item, Item) and _is_at(item, found.path)), found.path)
         number = self._counts[key]
         self._counts[key] += 1
         self._of_module.setdefault(path, set()).add(key)

@@ -44,11 +44,12 @@ def set_random_states(states: list[Mapping[str, Any]], mesh: Mesh, device: torch
 
 def _state(device: torch.device) -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
-    name, keys, *rest = numpy.random.get_state()
+    numpy_state: Any = numpy.random.get_state()
+    name, keys, *rest = numpy_state
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.astype(numpy.int64)), *map(_plain, rest)],  # type: ignore[union-attr]
+        "numpy": [str(name), torch.from_numpy(keys.astype(numpy.int64)), *map(_plain, rest)],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
