@@ -19,6 +19,7 @@ from lightning_autotp.checkpoint.places import AnyPath
 from lightning_autotp.checkpoint.safe_load import DamagedError, Planner, Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, empty_part, map_optimizer_state
+from lightning_autotp.checkpoint.whole_state import Held, as_held, as_part
 from lightning_autotp.distributed.errors import raised_together
 
 
@@ -119,6 +120,8 @@ def read_into(state: dict[str, Any], path: AnyPath, unsafe: bool = False) -> Non
 
 
 def view_of(name: str, value: Any, placement: Placement) -> Any:
+    if isinstance(value, Held):
+        return None if value.tensor is None else as_held(value.tensor.detach())
     if not isinstance(value, Tensor):
         return value
     layout = placement.layout_of(name, value)
@@ -134,15 +137,13 @@ def target_of(name: str, stored: Any, placement: Placement) -> tuple[Any, Any]:
         layout = None
     rank = placement.mesh.tp_rank
     local = empty_part(stored.size, stored.properties.dtype, layout, rank)
-    return local, local if layout is None else ShardedView(local, layout, rank)
+    return (local, local) if layout is None else (as_part(local), ShardedView(local, layout, rank))
 
 
 def by_name(state: Mapping[str, Any], names: list[str], placement: Placement) -> dict[str, Any]:
-    """The tensors of an optimizer's ``state_dict``, by parameter name."""
+    """The tensors of an optimizer's ``state_dict`` that this rank is to write, by parameter name."""
     return {
-        names[number]: {
-            e: view_of(names[number], value, placement) for e, value in entries.items() if _is_tensor(value)
-        }
+        names[number]: {e: view_of(names[number], value, placement) for e, value in entries.items() if _is_here(value)}
         for number, entries in state.get("state", {}).items()
     }
 
@@ -217,7 +218,23 @@ def of_this_run(
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+    return isinstance(value, (Tensor, Held))
+
+
+def _is_here(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, Held) and value.tensor is not None)
+
+
+def with_own(skeleton: Mapping[str, Any], state: Mapping[str, Any], own: Mapping[str, Any], names: list[str]) -> Any:
+    """The entries of ``skeleton`` by parameter, with what this rank writes, and without what only others have."""
+    absent = {
+        names[number]: {e for e, value in entries.items() if isinstance(value, Held) and value.tensor is None}
+        for number, entries in state.get("state", {}).items()
+    }
+    return {
+        name: {e: value for e, value in {**entries, **own[name]}.items() if e not in absent[name]}
+        for name, entries in skeleton["state"].items()
+    }
 
 
 def failures_of(error: CheckpointException) -> dict[int, str]:

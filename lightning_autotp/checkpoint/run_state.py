@@ -12,10 +12,19 @@ from typing import Any, Optional, Union
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_autotp.checkpoint.distributed import by_name, by_number, read_into, skeleton_of, target_of, view_of
+from lightning_autotp.checkpoint.distributed import (
+    by_name,
+    by_number,
+    read_into,
+    skeleton_of,
+    target_of,
+    view_of,
+    with_own,
+)
 from lightning_autotp.checkpoint.safe_load import Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, optimizer_names
+from lightning_autotp.checkpoint.whole_state import for_owners, is_held, with_everyones
 
 _MODEL, _STATE, _GROUPS = "model.", "optimizer.state.", "optimizer.param_groups."
 
@@ -27,9 +36,9 @@ def unsharded_state(model: nn.Module, optimizer: Optional[Optimizer], placement:
     """
     state: dict[str, Any] = {"model": {n: view_of(n, value, placement) for n, value in model.state_dict().items()}}
     if optimizer is not None:
-        names, own = optimizer_names(model, optimizer), optimizer.state_dict()
+        names, own = optimizer_names(model, optimizer), with_everyones(optimizer.state_dict(), optimizer)
         skeleton, tensors = skeleton_of(own, names), by_name(own, names, placement)
-        skeleton["state"] = {name: entries | tensors[name] for name, entries in skeleton["state"].items()}
+        skeleton["state"] = with_own(skeleton, own, tensors, names)
         state["optimizer"] = skeleton
     return state
 
@@ -80,7 +89,8 @@ def load_state(
     if optimizer is not None:
         saved = state["optimizer"]
         found = {n: {e: _local(n, v, placement) for e, v in of_one.items()} for n, of_one in saved["state"].items()}
-        optimizer.load_state_dict(by_number([{**saved, "state": found}], [optimizer_names(model, optimizer)])[0])
+        numbered = by_number([{**saved, "state": found}], [optimizer_names(model, optimizer)])
+        optimizer.load_state_dict(dict(for_owners(numbered, [optimizer])[0]))
 
 
 def _target(name: str, stored: Any, placement: Placement) -> Any:
@@ -91,4 +101,4 @@ def _target(name: str, stored: Any, placement: Placement) -> Any:
 def _local(name: str, value: Any, placement: Placement) -> Any:
     if isinstance(value, ShardedView):
         return value.local
-    return placement.cut(name, value) if isinstance(value, Tensor) else value
+    return placement.cut(name, value) if isinstance(value, Tensor) and not is_held(value) else value

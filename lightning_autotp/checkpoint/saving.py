@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_autotp.checkpoint import keys, manifest
-from lightning_autotp.checkpoint.distributed import by_name, failures_of, skeleton_of, view_of
+from lightning_autotp.checkpoint.distributed import by_name, failures_of, skeleton_of, view_of, with_own
 from lightning_autotp.checkpoint.manifest import SAVE_ID, Manifest, Written
 from lightning_autotp.checkpoint.other_states import nested, said, taken_out
 from lightning_autotp.checkpoint.places import AnyPath
@@ -69,7 +69,7 @@ def prepare_directory(
     rest = plain(rest)
     for at, skeleton in enumerate(rest.get("optimizer_states", [])):  # all, for those who do not know of `meta.pt`
         own = by_name(optimizers[at], names[at], placement)
-        state = {name: {**entries, **own[name]} for name, entries in skeleton["state"].items()}
+        state = with_own(skeleton, optimizers[at], own, names[at])
         tensors[keys.optimizer(at)] = {**skeleton, "state": state}
     look_at_what_is_refused(rest, path, paths=True)
     return partial(_write, tensors, rest, path, {"autotp_size": placement.mesh.tp_size, "module": module}, models)

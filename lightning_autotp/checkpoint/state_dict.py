@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_autotp.checkpoint.whole_state import Held, as_part
 from lightning_autotp.distributed.functions import gather_parts
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
@@ -34,10 +35,14 @@ class Placement:
         layout = self.layouts.get(name)
         if layout is None or layout.is_replicated or not isinstance(full, Tensor) or tuple(full.shape) != layout.shape:
             return full
-        return layout.shard(full, self.mesh.tp_rank)
+        return as_part(layout.shard(full, self.mesh.tp_rank))
 
     def gather(self, name: str, local: Any) -> Any:
         """The full tensor called ``name``, on the CPU; every tensor parallel rank must call it."""
+        if isinstance(local, Held):
+            owns = self.mesh.tp_rank == local.owner and local.tensor is not None
+            # of one tensor at a time: it may be of a class of its own
+            return self.mesh.collectives.gather_objects(local.tensor.cpu() if owns else None)[local.owner]
         if not isinstance(local, Tensor):
             return local
         layout = self.layout_of(name, local)

@@ -63,6 +63,10 @@ class Collectives(ABC):
         """Overwrite ``x``, contiguous, with that of the first rank."""
 
     @abstractmethod
+    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int], over: Over = "tp") -> list[Tensor]:
+        """Send ``parts[r]``, 1-D, to rank r, and return what the ranks have sent here, of ``lengths`` elements each."""
+
+    @abstractmethod
     def gather_objects(self, value: Any, over: Over = "tp") -> list[Any]:
         """Every rank's ``value``, pickled where it travels, in the order of the ranks."""
 

@@ -114,6 +114,13 @@ class LiveCollectives(Collectives):
         dist.broadcast(x, group=self.process_group(over), group_src=0)
         return x
 
+    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int], over: Over = "tp") -> list[Tensor]:
+        flat = torch.cat(list(parts))
+        received = flat.new_empty(sum(lengths))
+        sizes = [part.numel() for part in parts]
+        dist.all_to_all_single(received, flat, list(lengths), sizes, group=self.process_group(over))
+        return list(received.split(list(lengths)))
+
     def gather_objects(self, value: Any, over: Over = "tp") -> list[Any]:
         everyones: list[Any] = [None] * self.size(over)
         dist.all_gather_object(everyones, value, group=self.process_group(over))

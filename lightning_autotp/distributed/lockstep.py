@@ -10,7 +10,7 @@ middle of a job.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Optional, TypeVar
@@ -240,6 +240,10 @@ class LockstepCollectives(Collectives):
         with torch.no_grad():
             return x.copy_(self._ask("broadcast", over, x.detach()))
 
+    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int], over: Over = "tp") -> list[Tensor]:
+        received = self._ask("all-to-all", over, [part.detach() for part in parts])
+        return [part[self._members(over).index(self.world_rank)].clone() for part in received]
+
     def gather_objects(self, value: Any, over: Over = "tp") -> list[Any]:
         return list(self._ask("all-gather of objects", over, (value,)))
 
@@ -274,6 +278,7 @@ _KINDS: dict[str, Callable[[list[Any]], list[Any]]] = {
     "all-gather": lambda values: [torch.cat(values)] * len(values),
     "reduce-scatter": lambda values: [part.clone() for part in _sum(values)[0].chunk(len(values))],
     "broadcast": lambda values: [values[0].clone()] * len(values),
+    "all-to-all": lambda values: [values] * len(values),
     "all-gather of objects": lambda values: [[value for (value,) in values]] * len(values),
 }
 """What the ranks of a collective get of what they gave, in their order."""

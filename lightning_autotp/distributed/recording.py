@@ -75,6 +75,10 @@ class RecordingCollectives(Collectives):
         self._count("broadcast", over, x.nbytes)
         return self.inner.broadcast(x, over)
 
+    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int], over: Over = "tp") -> list[Tensor]:
+        self._count("all-to-all", over, sum(part.nbytes for part in parts))
+        return self.inner.exchange(parts, lengths, over)
+
     def all_gather_matmul(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         self._count("all-gather", "tp", x.nbytes * self.size())
         return self.inner.all_gather_matmul(x, weights)

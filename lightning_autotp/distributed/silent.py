@@ -1,5 +1,6 @@
 """Collectives that nobody answers: one rank of any size by itself, for shapes and for what a rank computes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,9 @@ class SilentCollectives(Collectives):
 
     def broadcast(self, x: Tensor, over: Over = "world") -> Tensor:
         return x
+
+    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int], over: Over = "tp") -> list[Tensor]:
+        return [parts[0].new_empty(length) for length in lengths]
 
     def gather_objects(self, value: Any, over: Over = "tp") -> list[Any]:
         return [value] * self.size(over)

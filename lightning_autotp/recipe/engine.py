@@ -14,7 +14,8 @@ from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import raised_together
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.distributed.same import require_same
-from lightning_autotp.optimizers.support import refuse_optimizers
+from lightning_autotp.optimizers.accept import accept_optimizers
+from lightning_autotp.optimizers.whole import whole_steps
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.proof.prover import Look, Prover
 from lightning_autotp.randomness.mode import RandomNumbers
@@ -168,18 +169,27 @@ class Engine:
             before(enter)
             after(leave, always_call=True)
 
-    def accept(self, optimizers: Iterable[Optimizer], schedulers: Iterable[Any] = ()) -> None:
-        """Refuse optimizers that cannot be exact here.
+    def accept(self, optimizers: Iterable[Optimizer], schedulers: Iterable[Any] = (), *, closures: bool = True) -> None:
+        """Let optimizers step as unsharded ones do: what looks at whole tensors gets them, on the ranks that own them.
+
+        Args:
+            optimizers: the optimizers, which stay the same objects.
+            schedulers: their schedulers, which are compared.
+            closures: whether their steps get a closure.
 
         Raises:
             DisagreementError: on all ranks, if they have different optimizers.
-            ValueError: if one looks at whole tensors and holds a sharded one, or holds what is not the model's.
+            ValueError: if one cannot be exact here, or holds what is not the model's.
         """
         optimizers = list(optimizers)
         require_same(optimizer_facts(self.model, optimizers, schedulers), SAME_OPTIMIZERS)
         for optimizer in optimizers:
             optimizer_names(self.model, optimizer)
-        refuse_optimizers(optimizers, self.gradients.layouts)
+        accept_optimizers(optimizers, self.gradients.layouts, self.mesh, self._complete_gradients, closures=closures)
+
+    def _complete_gradients(self) -> None:
+        if self._gradients is not None:
+            self._gradients.complete()
 
     def loss_scaler(self, scaler: Any) -> Any:
         """A loss scaler like ``scaler`` that skips a step on all ranks if one of them overflows."""
@@ -234,6 +244,9 @@ class Engine:
 
     def complete(self, optimizer: Optional[Optimizer] = None) -> None:
         """Make the gradients those of the unsharded model, if they are not yet; the first ones are compared."""
+        steps = None if optimizer is None else whole_steps(optimizer)
+        if steps is not None and steps.is_held:  # called by a hook of the step, for which all has been done
+            return
         if self._gradients is not None:  # None when users step on after a run
             self.look.gradients(self._gradients, optimizer)
             self._gradients.complete()

@@ -70,7 +70,7 @@ class Parallelized:
         tensor parallel ranks, unless ``check_agreement`` is off.
 
         Args:
-            optimizer: an elementwise optimizer of :attr:`module`'s parameters.
+            optimizer: an optimizer of :attr:`module`'s parameters.
             max_norm: the largest norm that the unsharded model's gradient may have; longer ones are scaled.
             loss: the last loss, to be compared.
 
@@ -122,6 +122,8 @@ class Parallelized:
             ValueError: if there is no optimizer in it, or one of other parameters.
             RuntimeError: if it is the state of another model.
         """
+        if optimizer is not None:
+            self._accept(optimizer)  # before its state comes: some is for the ranks that own parameters
         placement = self._placement
         if not isinstance(state, Mapping):
             state = read_state(state, self.module, optimizer, placement)
@@ -133,5 +135,5 @@ class Parallelized:
 
     def _accept(self, optimizer: Optimizer) -> None:
         if optimizer not in self._accepted:
-            self.engine.accept([optimizer])
+            self.engine.accept([optimizer], closures=False)
             self._accepted.add(optimizer)

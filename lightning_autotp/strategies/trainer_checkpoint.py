@@ -28,6 +28,7 @@ from lightning_autotp.checkpoint.safe_load import load_with, plain
 from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
 from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, of_first_rank, optimizer_names
 from lightning_autotp.checkpoint.tensors import RECORD, tensors_of
+from lightning_autotp.checkpoint.whole_state import everyones, for_owners
 from lightning_autotp.compat import begin_data_of_next_epoch
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.errors import Processes, raised_together
@@ -117,6 +118,7 @@ class CheckpointStrategy(DataStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # only now are there the groups that the optimizers had when they were saved: callbacks rebuild them
         states = of_this_run(checkpoint["optimizer_states"], self._optimizer_names(), self._placement)
+        states = for_owners(states, self.optimizers)
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     # -- saving -------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ class CheckpointStrategy(DataStrategy):
         if options is not None:
             raise TypeError("storage_options: a sharded checkpoint is not written through a CheckpointIO.")
         names = self._optimizer_names() if "optimizer_states" in checkpoint else []
-        still = self._host_copies.of(checkpoint) if beside else checkpoint
+        still = everyones(self._host_copies.of(checkpoint) if beside else checkpoint, self.optimizers)
         return prepare_directory(still, names, placement, path, models_in(self._module), class_name(self._module))
 
     def _prepare_file(
@@ -165,7 +167,9 @@ class CheckpointStrategy(DataStrategy):
             raise IsADirectoryError(f"{path} is a directory, and an ordinary checkpoint file cannot replace it.")
         names = self._optimizer_names() if "optimizer_states" in checkpoint else []
         gather = partial(of_first_rank, placement)
-        full = plain(mapped(full_checkpoint(checkpoint, names, placement), said(checkpoint), gather))
+        full = plain(
+            mapped(full_checkpoint(everyones(checkpoint, self.optimizers), names, placement), said(checkpoint), gather)
+        )
         models = models_in(self._module)
         if models:
             full[RECORD] = models

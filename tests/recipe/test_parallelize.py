@@ -286,7 +286,7 @@ def test_what_is_wrong_is_an_error() -> None:
     run, _, _ = start(2)
     with pytest.raises(ValueError, match=r"^parallelize: this model is sharded already"):
         parallelize(run.module, autotp_size=2)
-    with pytest.raises(ValueError, match=r"^LBFGS looks at whole tensors"):
+    with pytest.raises(ValueError, match=r"^LBFGS evaluates the loss within its step"):
         run.step(torch.optim.LBFGS(run.module.parameters()))
     with pytest.raises(ValueError, match=r"holds a parameter of shape \[3\]"):
         run.step(torch.optim.SGD([nn.Parameter(torch.ones(3))]))

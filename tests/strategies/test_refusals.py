@@ -69,17 +69,6 @@ def test_a_communication_hook_averages_over_data_parallel_ranks_only() -> None:
     assert plugin._ddp_comm_state is plugin.mesh.dp_group
 
 
-class Whole(Regressor):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adafactor(self.parameters())
-
-
-@pytest.mark.ranks(2)
-def test_an_optimizer_that_looks_at_whole_tensors_is_refused() -> None:
-    with pytest.raises(ValueError, match="Adafactor looks at whole tensors"):
-        trainer(strategy(2)).fit(Whole())
-
-
 @pytest.mark.ranks(2)
 def test_a_part_that_was_sharded_by_another_run_is_refused_with_what_to_do() -> None:
     teacher, student = Regressor(), Regressor()
