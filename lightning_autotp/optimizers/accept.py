@@ -63,7 +63,7 @@ def _look(optimizer: Any) -> None:
         steps.own(Verdict(tuple(Sees.ELEMENT for _ in kinds)))
         return
     # only one tries: a trial ends after some time, and all must do the same
-    verdict = _verdict(optimizer, kinds) if mesh.collectives.world_rank == 0 else None
+    verdict = _verdict(optimizer, kinds, steps) if mesh.collectives.world_rank == 0 else None
     verdict = mesh.collectives.broadcast_object(verdict, "world")
     name = type(optimizer).__name__
     if verdict.wrong:
@@ -101,7 +101,10 @@ def _kinds(group: Mapping[str, Any], layouts: Mapping[nn.Parameter, Layout]) -> 
     return list(found.values())[:6]
 
 
-def _verdict(optimizer: Any, kinds: list[list[Kind]]) -> Verdict:
+def _verdict(optimizer: Any, kinds: list[list[Kind]], steps: WholeSteps) -> Verdict:
+    if steps.verdict.sees:  # it has new param groups; what it has learned of the old ones lies where they are owned
+        verdict = tried(optimizer, kinds, with_state=False)
+        return verdict if not verdict.wrong else tried(optimizer, kinds)
     options = [{k: _shown(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     own = {k: _shown(v) for k, v in vars(optimizer).items() if not k.startswith("_") and k != "param_groups"}
     key = repr((options, own, [[(k.ndim, k.dtype, k.device, k.sharded, k.attributes) for k in g] for g in kinds]))

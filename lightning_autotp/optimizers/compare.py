@@ -10,8 +10,10 @@ from lightning_autotp.optimizers.samples import Sample
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are bit-equal, in shape and dtype, too."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    """Whether two tensors are equal, in shape and dtype, too; what is no number equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def same_parts(full: Tensor, parts: Sequence[Tensor], sample: Sample) -> bool:

@@ -7,14 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# No tail of a vectorized loop, which may round in another way: all parts have multiples of 64 elements. Those of 8-bit
-# optimizers, which take blocks of 128 to 2048 elements from 4096 on, are here with parts that do not fit their blocks.
-_SHAPES: dict[int, tuple[tuple[tuple[int, ...], int, int], ...]] = {
-    0: (((), 0, 0),),
+_Shapes = dict[int, tuple[tuple[tuple[int, ...], int, int], ...]]
+
+# No tail of a vectorized loop, which may round in another way: all parts have multiples of 64 elements.
+_SMALL: _Shapes = {
+    0: (((), 0, 0), ((), 0, 0)),
+    1: (((192,), 0, 64), ((128,), 0, 64)),
+    2: (((48, 64), 0, 32), ((32, 96), 1, 32)),
+    3: (((4, 16, 48), 1, 4), ((4, 32, 24), 2, 8), ((6, 16, 16), 0, 2)),
+    4: (((32, 8, 2, 4), 0, 8), ((16, 24, 2, 2), 1, 8)),
+}
+# Some take blocks of 128 to 2048 elements, from 4096 on: the parts do not fit them. Only for what is elementwise while
+# small, as others keep matrices of the size of a dim.
+_LARGE: _Shapes = {
     1: (((8192,), 0, 4160), ((192,), 0, 64)),
-    2: (((128, 160), 0, 80), ((128, 160), 1, 64), ((48, 64), 0, 32)),
-    3: (((4, 64, 48), 1, 16), ((4, 64, 48), 2, 32), ((6, 32, 16), 0, 2)),
-    4: (((64, 16, 2, 4), 0, 32), ((16, 64, 2, 2), 1, 16)),
+    2: (((128, 160), 0, 80), ((128, 160), 1, 64)),
+    3: (((4, 64, 48), 1, 16), ((4, 64, 48), 2, 32)),
+    4: (((64, 16, 2, 4), 0, 24), ((32, 64, 2, 2), 1, 16)),
 }
 
 
@@ -63,11 +72,12 @@ class Sample:
         return made
 
 
-def samples_of(kinds: Sequence[Kind], generator: torch.Generator) -> list[Sample]:
+def samples_of(kinds: Sequence[Kind], generator: torch.Generator, *, large: bool) -> list[Sample]:
     """Parameters of several shapes for each kind of a param group; at least two, so that one may hang on another."""
     found = []
     for kind in kinds:
-        shapes = _SHAPES.get(kind.ndim) or (((64, 8, *(2 for _ in range(kind.ndim - 2))), 0, 32),) * 2
+        shapes = (_LARGE if large else {}).get(kind.ndim) or _SMALL.get(kind.ndim)
+        shapes = shapes or (((64, 8, *(2 for _ in range(kind.ndim - 2))), 0, 32),) * 2
         for number, (shape, dim, at) in enumerate(shapes):
             value = torch.randn(shape, generator=generator) * (1.0, 0.05, 0.3)[number % 3]
             found.append(Sample(value.to(kind.device, kind.dtype), dim, at, kind))
@@ -85,7 +95,8 @@ def gradient(step: int, sample: Sample, weight: Tensor, generator: torch.Generat
     if kind == 1:
         grad = grad * (torch.rand(shape, generator=generator) < 0.03)
     elif kind == 2:
-        grad = weight.detach().to("cpu", torch.float32) * (1 if step % 2 else -1)
+        along = weight.detach().to("cpu", torch.float32)
+        grad = along / along.abs().amax().clamp_min(1) * (1 if step % 2 else -1)
     elif kind == 3 and shape:
         grad.narrow(sample.dim, 0, sample.at).zero_()
     return (grad * scale).to(sample.value.device, sample.value.dtype)

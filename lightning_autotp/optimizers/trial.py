@@ -75,22 +75,25 @@ class _Run:
     params: list[list[list[Optional[nn.Parameter]]]] = field(default_factory=list)
 
 
-def tried(optimizer: Any, kinds: Sequence[Sequence[Kind]]) -> Verdict:
+def tried(optimizer: Any, kinds: Sequence[Sequence[Kind]], *, with_state: bool = True) -> Verdict:
     """Try ``optimizer``, which stays as it is; random number generators, too.
 
     Args:
         optimizer: an optimizer of a sharded model.
         kinds: for each param group, the kinds of parameters in it.
+        with_state: whether copies begin with state like that which is there.
     """
+    cut = [any(kind.sharded for kind in group) for group in kinds]
+    verdict = Verdict(tuple(Sees.ELEMENT for _ in kinds))
+    # layerwise rates are often off while nothing decays, and a user may turn decay on at any time
+    decays = (False, True) if _has_no_decay(optimizer) else (False,)
     with _as_before([kind.device for group in kinds for kind in group]):
         try:
-            verdict = _Trial(optimizer, kinds, decaying=False).verdict()
-            if any(sees < Sees.EVERYTHING for sees in verdict.sees) and _has_no_decay(optimizer):
-                # layerwise rates are often off while nothing decays, and a user may turn decay on at any time
-                other = _Trial(optimizer, kinds, decaying=True).verdict()
-                sees = tuple(map(max, verdict.sees, other.sees)) if not other.wrong else verdict.sees
-                verdict = other if max(sees) > max(verdict.sees) else verdict
-                verdict = replace(verdict, sees=sees)
+            for large, decaying in ((large, decaying) for large in (False, True) for decaying in decays):
+                left = [here and not sees for here, sees in zip(cut, verdict.sees)]
+                if any(left):
+                    larger = [large and here for here in left]
+                    verdict = _both(verdict, _Trial(optimizer, kinds, decaying, larger, with_state).verdict())
         except CopyError as error:
             return Verdict(wrong=f"it cannot be copied to be tried: {error}")
         except _SendsError as error:
@@ -98,6 +101,14 @@ def tried(optimizer: Any, kinds: Sequence[Sequence[Kind]]) -> Verdict:
         except Exception as error:
             return Verdict(wrong=f"its step raises on small tensors ({type(error).__name__}: {error})")
     return verdict
+
+
+def _both(a: Verdict, b: Verdict) -> Verdict:
+    """What two trials have shown, the stricter of it."""
+    sees = tuple(map(max, a.sees, b.sees))
+    if Sees.EVERYTHING in sees:
+        sees = (Sees.EVERYTHING,) * len(sees)
+    return replace(b if any(b.sees) else a, sees=sees, needs_closure=a.needs_closure or b.needs_closure)
 
 
 def _has_no_decay(optimizer: Any) -> bool:
@@ -109,10 +120,18 @@ def _decays(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 class _Trial:
-    def __init__(self, optimizer: Any, kinds: Sequence[Sequence[Kind]], *, decaying: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        kinds: Sequence[Sequence[Kind]],
+        decaying: bool,
+        large: Sequence[bool],
+        with_state: bool,
+    ) -> None:
+        self.with_state = with_state
         self.optimizer, self.decaying = optimizer, decaying
         self.generator = torch.Generator().manual_seed(2)
-        self.samples = [samples_of(group, self.generator) for group in kinds]
+        self.samples = [samples_of(g, self.generator, large=more) for g, more in zip(kinds, large)]
         self.sharded = [any(kind.sharded for kind in group) for group in kinds]
         self.with_closure = self.sparse = False
         counts = [v for group in optimizer.param_groups for v in group.values() if type(v) is int]
@@ -174,6 +193,7 @@ class _Trial:
                 [(p, sample.kind.place) for p, sample in zip(group, samples) if p is not None]
                 for group, samples in zip(params, self.samples)
             ],
+            with_state=self.with_state,
         )
         for member in family(made):
             for group in member.param_groups:
@@ -210,16 +230,21 @@ class _Trial:
             for samples, group in zip(self.samples, whole.params[0])
         ]
 
-    def _step(self, run: _Run, gradients: list[list[Tensor]], seed: int = 0) -> None:
-        for part, (optimizer, params) in enumerate(zip(run.optimizers, run.params)):
+    def _give(self, run: _Run, gradients: list[list[Tensor]], step: int) -> None:
+        for rank, params in enumerate(run.params):
             for samples, group, grads in zip(self.samples, params, gradients):
                 for sample, p, grad in zip(samples, group, grads):
                     if p is not None:
-                        p.grad = grad.clone() if p.shape == grad.shape else sample.cut(grad)[part % 2]
+                        whole = p.shape == grad.shape
+                        p.grad = grad.clone() if whole else sample.cut(grad)[rank % 2]
                         if self.sparse and p.ndim:
-                            p.grad = _sparse(p.grad, sample, part % 2 if p.shape != grad.shape else None, seed)
-            torch.manual_seed(seed)
-            random.seed(seed)
+                            p.grad = _sparse(p.grad, sample, None if whole else rank % 2, step)
+
+    def _step(self, run: _Run, gradients: list[list[Tensor]], step: int = 0) -> None:
+        self._give(run, gradients, step)
+        for optimizer in run.optimizers:
+            torch.manual_seed(step)
+            random.seed(step)
             if self.with_closure:
                 optimizer.step(lambda: torch.ones(()))
             else:
@@ -260,7 +285,8 @@ class _Trial:
             as_whole = sees is not None and bool(sees[at])
             for rank, q in ranks:
                 want = p if as_whole else sample.cut(p)[rank % 2]
-                if not torch.isfinite(p).all() or not same(want.detach(), q.detach()):
+                unclear = not as_whole and not torch.isfinite(p).all()
+                if unclear or not same(want.detach(), q.detach()):
                     return False
             if state:
                 for own, *theirs in zip(family(whole.optimizers[0]), *map(family, other.optimizers)):
@@ -306,8 +332,10 @@ class _Trial:
         found = []
         for name in _own_methods(type(self.optimizer)):
             run = self._run([self._holding(everyone)])
+            gradients = self._gradients(0, run)
             with suppress(Exception):
-                self._step(run, self._gradients(0, run))
+                self._step(run, gradients)
+            self._give(run, gradients, 0)  # a step may have zeroed them
             made = run.optimizers[0]
             before = [(p, p.detach().clone()) for group in run.params[0] for p in group if p is not None]
             state = _versions(made)

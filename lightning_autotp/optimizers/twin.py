@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_OF_THE_LIVE_ONE = ("step", "zero_grad", "add_param_group", "state")
-"""What an instance may have of its own that leads back to it: schedulers put their own ``step`` there."""
+WHOLE = "_autotp_whole"
+"""Where an optimizer keeps what makes its steps those of whole tensors."""
 
 
 def family(optimizer: Any) -> list[Any]:
@@ -45,13 +45,14 @@ class CopyError(Exception):
     """An optimizer cannot be copied to be tried; says why."""
 
 
-def twin(optimizer: Any, params: Sequence[Sequence[tuple[nn.Parameter, int]]]) -> Any:
+def twin(optimizer: Any, params: Sequence[Sequence[tuple[nn.Parameter, int]]], *, with_state: bool = True) -> Any:
     """A copy of ``optimizer`` with other parameters.
 
     Args:
         optimizer: what to copy; hooks are left out.
         params: for each param group the copy's parameters, each with the place of the one in the group that it stands
             for, whose options and state it takes.
+        with_state: whether to take state.
 
     Raises:
         CopyError: if there is state that belongs to the shape of its parameters, or groups are not alike.
@@ -71,7 +72,7 @@ def twin(optimizer: Any, params: Sequence[Sequence[tuple[nn.Parameter, int]]]) -
         for at, group in enumerate(own.param_groups):
             for parameter, place in params[at]:
                 state = own.state.get(group["params"][place])
-                if state:
+                if state and with_state:
                     theirs.state[parameter] = _state_for(parameter, state, group["params"][place])
     return made
 
@@ -81,7 +82,8 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
     memo[id(optimizer)] = made
     # torch's own way to copy one keeps the param groups and leaves out all that subclasses have added
     for name, value in vars(optimizer).items():
-        if name in _OF_THE_LIVE_ONE:
+        # methods of its own lead back to the live one: schedulers put a ``step`` there
+        if name in ("step", "state", WHOLE) or getattr(value, "__self__", None) is optimizer:
             continue
         if name.endswith("_hooks") and isinstance(value, OrderedDict):
             made.__dict__[name] = OrderedDict()

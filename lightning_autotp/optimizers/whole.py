@@ -17,14 +17,12 @@ from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.optimizers.owners import Owned, from_owners, owners_of, to_owners
 from lightning_autotp.optimizers.trial import Sees, Verdict
-from lightning_autotp.optimizers.twin import family, parameter_lists, per_parameter
-
-_WHOLE = "_autotp_whole"
+from lightning_autotp.optimizers.twin import WHOLE, family, parameter_lists, per_parameter
 
 
 def whole_steps(optimizer: Any) -> "Optional[WholeSteps]":
     """What makes the steps of ``optimizer`` those of whole tensors, None where it steps parts."""
-    return vars(getattr(optimizer, "_optimizer", optimizer)).get(_WHOLE)
+    return vars(getattr(optimizer, "_optimizer", optimizer)).get(WHOLE)
 
 
 class WholeSteps:
@@ -56,7 +54,7 @@ class WholeSteps:
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._wrapped: set[str] = set()
         self._held = False
-        setattr(optimizer, _WHOLE, self)
+        setattr(optimizer, WHOLE, self)
         self._wrap("step")
 
     def own(self, verdict: Verdict) -> None:

@@ -117,7 +117,7 @@ class StableAdamW(_Own):
             square = _average(state, "square", grad**2, 0.99)
             size = (grad**2 / square.clamp_min(1e-16)).mean().sqrt()
             update = _average(state, "mean", grad, 0.9) / (square.sqrt() + 1e-8)
-            p.sub_(update / max(1.0, size.item() / 12), alpha=group["lr"])
+            p.sub_(update / max(1.0, size.item() / 4), alpha=group["lr"])
 
 
 class Prodigy(_Own):
