@@ -69,7 +69,9 @@ class EveryStep:
             return
         held = {name: grad for name, grad in gradients.items() if grad.layout is torch.strided and grad.numel()}
         if held:
-            norms = torch.stack(foreach_norm(list(held.values()), 1, dtype=torch.float32))
+            # fp32, so that those of half precision do not overflow; it is not computed of fp64
+            single = [grad.float() if grad.dtype is torch.float64 else grad for grad in held.values()]
+            norms = torch.stack(foreach_norm(single, 1, dtype=torch.float32))
             self._norms = tuple(held), norms
             self._flags["gradients"] = (~norms.isfinite()).any()
 
