@@ -40,9 +40,8 @@ class Placement:
     def gather(self, name: str, local: Any) -> Any:
         """The full tensor called ``name``, on the CPU; every tensor parallel rank must call it."""
         if isinstance(local, Held):
-            owns = self.mesh.tp_rank == local.owner and local.tensor is not None
-            # of one tensor at a time: it may be of a class of its own
-            return self.mesh.collectives.gather_objects(local.tensor.cpu() if owns else None)[local.owner]
+            mine = local.tensor if self.mesh.tp_rank == local.owner else None
+            return self.mesh.collectives.gather_objects(None if mine is None else mine.cpu())[local.owner]
         if not isinstance(local, Tensor):
             return local
         layout = self.layout_of(name, local)

@@ -68,8 +68,8 @@ def _look(optimizer: Any) -> None:
     name = type(optimizer).__name__
     if verdict.wrong:
         raise ValueError(
-            f"{name} cannot be tried: {verdict.wrong}. Whether it looks at whole tensors, of which a rank has parts, is"
-            " not known. Use another optimizer, such as AdamW, for the parameters that are sharded."
+            f"{name} is refused with tensor parallelism: {verdict.wrong}. Use another optimizer, such as AdamW, for the"
+            " parameters that are sharded."
         )
     if not steps.owned:
         _tell(name, verdict)

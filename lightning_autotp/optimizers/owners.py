@@ -1,7 +1,7 @@
 """Between parts and whole tensors: to the rank that owns one, and back."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -59,7 +59,7 @@ def to_owners(parts: Sequence[Tensor], owned: Sequence[Owned], mesh: Mesh) -> li
             continue
         by_owner = [[at for at in bucket if owned[at].owner == rank] for rank in range(mesh.tp_size)]
         sent = [
-            _flat(parts[bucket[0]], [_kept(parts[at], owned[at].layout, mesh.tp_rank) for at in theirs])
+            _flat(parts[bucket[0]], [run for at in theirs for run in _kept(parts[at], owned[at].layout, mesh.tp_rank)])
             for theirs in by_owner
         ]
         here = by_owner[mesh.tp_rank]
@@ -90,7 +90,7 @@ def from_owners(whole: Sequence[Optional[Tensor]], parts: Sequence[Tensor], owne
         here = [(owned[at].layout, whole[at]) for at in bucket if owned[at].owner == mesh.tp_rank]
         like = parts[bucket[0]]
         sent = [
-            _flat(like, (layout.shard(full, rank) for layout, full in here if full is not None))
+            _flat(like, [layout.shard(full, rank) for layout, full in here if full is not None])
             for rank in range(mesh.tp_size)
         ]
         by_owner = [[at for at in bucket if owned[at].owner == rank] for rank in range(mesh.tp_size)]
@@ -138,6 +138,6 @@ def _numel(layout: Layout, rank: int) -> int:
     return across * sum(length for *_, length in _first(layout, rank))
 
 
-def _flat(like: Tensor, pieces: Iterable[object]) -> Tensor:
-    flat = [t.reshape(-1) for piece in pieces for t in (piece if isinstance(piece, list) else [piece])]
+def _flat(like: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+    flat = [piece.reshape(-1) for piece in pieces]
     return torch.cat(flat) if flat else like.new_empty(0)

@@ -93,7 +93,10 @@ def tried(optimizer: Any, kinds: Sequence[Sequence[Kind]], *, with_state: bool =
                 left = [here and not sees for here, sees in zip(cut, verdict.sees)]
                 if any(left):
                     larger = [large and here for here in left]
-                    verdict = _both(verdict, _Trial(optimizer, kinds, decaying, larger, with_state).verdict())
+                    found = _Trial(optimizer, kinds, decaying, larger, with_state).verdict()
+                    if found.wrong:
+                        return found
+                    verdict = _both(verdict, found)
         except CopyError as error:
             return Verdict(wrong=f"it cannot be copied to be tried: {error}")
         except _SendsError as error:
@@ -163,6 +166,13 @@ class _Trial:
             apart = True
         if apart:
             sees = [Sees.EVERYTHING] * len(sees)
+        held = [v for member in family(whole.optimizers[0]) for s in member.state.values() for v in _values(s)]
+        for value in held:
+            if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
+                kind = type(value).__name__
+                return Verdict(
+                    wrong=f"its state is of a class of its own ({kind}), which checkpoints cannot hold whole"
+                )
         return Verdict(tuple(sees), self._closure_first(everyone), self.with_closure, self._methods(everyone))
 
     # -- making and stepping ------------------------------------------------------------------------------------------
@@ -364,9 +374,12 @@ def _versions(optimizer: Any) -> list[tuple[int, int, int]]:
     found = []
     for member in family(optimizer):
         for p, state in member.state.items():
-            values = state.items() if isinstance(state, Mapping) else ()
-            found += [(id(p), id(v), v._version) for _, v in values if isinstance(v, Tensor)]
+            found += [(id(p), id(v), v._version) for v in _values(state) if isinstance(v, Tensor)]
     return found
+
+
+def _values(state: Any) -> list[Any]:
+    return list(state.values()) if isinstance(state, Mapping) else []
 
 
 def _numbers(optimizer: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ are not in its param groups. So state is where the owner is, under the parameter
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any, Optional
 
@@ -79,7 +79,7 @@ class WholeSteps:
         for member in family(self.optimizer):
             for p, owned in fresh.items():
                 if member.state.get(p):
-                    state = self.own_state(owned, member.state[p], lambda value, p=p: value.shape == p.shape)
+                    state = self.own_state(owned, member.state[p], partial(_shaped_like, p))
                     if state is None:
                         del member.state[p]
                     else:
@@ -180,8 +180,8 @@ class WholeSteps:
         held = [p for group in self.optimizer.param_groups for p in group["params"] if p in self.owned]
         owned = [self.owned[p] for p in held]
         device = next(iter(self.layouts)).device
-        has = torch.tensor([int(p.grad is not None) for p in held], device=device)
-        has = self.mesh.collectives.all_reduce(has, op="max").tolist() if held else []
+        flags = torch.tensor([int(p.grad is not None) for p in held], device=device)
+        has = self.mesh.collectives.all_reduce(flags, op="max").tolist() if held else []
         with_grad = [p for p, there in zip(held, has) if there]
         grads = [torch.zeros_like(p) if p.grad is None else _dense(p.grad) for p in with_grad]
         weights = to_owners([p.detach() for p in held], owned, self.mesh)
@@ -215,7 +215,8 @@ class WholeSteps:
                 p.data = local
                 if owned.owner is not None or after is not None:
                     p.grad = grad
-                if owned.owner is None and grad is not None and after is full and full._version != version:
+                in_place = full is not None and after is full and full._version != version
+                if owned.owner is None and grad is not None and full is not None and in_place:
                     grad.copy_(owned.layout.shard(full, self.mesh.tp_rank))  # zeroed by the step, as SAM does
         parts = list(self._local)
         self._local, self._held = {}, False
@@ -224,6 +225,10 @@ class WholeSteps:
 
     def _key(self) -> Any:
         return [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+
+
+def _shaped_like(parameter: Tensor, value: Tensor) -> bool:
+    return value.shape == parameter.shape
 
 
 def _dense(grad: Tensor) -> Tensor:

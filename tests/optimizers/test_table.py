@@ -186,6 +186,17 @@ def test_groups_that_are_added_later_get_owners_too() -> None:
         assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(got, want))
 
 
+class Blocks(Tensor):
+    """A tensor of a class of its own, as torchao's 8-bit state is."""
+
+
+class InBlocks(own.UnitSteps):
+    def update(self) -> None:
+        super().update()
+        for _, p, _, state in self.each():
+            state["blocks"] = p.detach().clone().as_subclass(Blocks)
+
+
 class Sends(own.UnitSteps):
     def update(self) -> None:
         torch.distributed.all_reduce(self.param_groups[0]["params"][0])
@@ -210,8 +221,10 @@ def test_what_sends_by_itself_is_refused_and_a_failure_ends_all_ranks() -> None:
     mesh = build_mesh(2, TPConfig())
     layout = Layout.cut((8, 6), 0, 2, [even_widths(8, 2)])
     p = nn.Parameter(torch.ones(4, 6))
-    with pytest.raises(ValueError, match=r"^Sends cannot be tried.*sends tensors between processes"):
+    with pytest.raises(ValueError, match=r"^Sends is refused.*sends tensors between processes"):
         accept_optimizers([Sends([p])], {p: layout}, mesh, lambda: None)
+    with pytest.raises(ValueError, match=r"^InBlocks is refused.*its state is of a class of its own \(Blocks\)"):
+        accept_optimizers([InBlocks([p])], {p: layout}, mesh, lambda: None)
     optimizer = Fails([p])
     accept_optimizers([optimizer], {p: layout}, mesh, lambda: None)
     p.grad = torch.ones(4, 6)
