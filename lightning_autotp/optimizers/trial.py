@@ -5,22 +5,21 @@ small parameters, whole, and on the parts that two ranks would hold, and must co
 elementwise is tried as it will run: whole tensors on the rank that owns them.
 """
 
-import inspect
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_autotp.compat import TorchDispatchMode
 from lightning_autotp.optimizers.compare import same, same_options, same_state, same_value
 from lightning_autotp.optimizers.samples import Kind, Sample, gradient, samples_of
+from lightning_autotp.optimizers.surroundings import as_before, own_methods
 from lightning_autotp.optimizers.twin import CopyError, family, per_parameter, twin
 
 _LEAST, _MOST = 30, 260
@@ -87,7 +86,7 @@ def tried(optimizer: Any, kinds: Sequence[Sequence[Kind]], *, with_state: bool =
     verdict = Verdict(tuple(Sees.ELEMENT for _ in kinds))
     # layerwise rates are often off while nothing decays, and a user may turn decay on at any time
     decays = (False, True) if _has_no_decay(optimizer) else (False,)
-    with _as_before([kind.device for group in kinds for kind in group]):
+    with as_before([kind.device for group in kinds for kind in group]):
         try:
             for large, decaying in ((large, decaying) for large in (False, True) for decaying in decays):
                 left = [here and not sees for here, sees in zip(cut, verdict.sees)]
@@ -340,7 +339,7 @@ class _Trial:
     def _methods(self, everyone: Sequence[Sequence[bool]]) -> tuple[str, ...]:
         """Public methods, callable without arguments, that change parameters or state."""
         found = []
-        for name in _own_methods(type(self.optimizer)):
+        for name in own_methods(type(self.optimizer)):
             run = self._run([self._holding(everyone)])
             gradients = self._gradients(0, run)
             with suppress(Exception):
@@ -354,20 +353,6 @@ class _Trial:
             if _versions(made) != state or not all(same(p.detach(), old) for p, old in before):
                 found.append(name)
         return tuple(found)
-
-
-def _own_methods(kind: type) -> list[str]:
-    """Names of public methods that a class adds to torch's, which can be called without arguments."""
-    found = []
-    for name in dir(kind):
-        if name.startswith("_") or hasattr(Optimizer, name):
-            continue
-        method = inspect.getattr_static(kind, name)
-        if inspect.isfunction(method):
-            with suppress(TypeError, ValueError):
-                inspect.signature(method).bind(None)
-                found.append(name)
-    return found
 
 
 def _versions(optimizer: Any) -> list[tuple[int, int, int]]:
@@ -399,15 +384,3 @@ def _sparse(grad: Tensor, sample: Sample, part: Optional[int], step: int) -> Ten
         first, end = ((0, sample.at), (sample.at, end))[part]
     rows = torch.tensor([row - first for row in range(first, end) if row % 3 == step % 3], device=grad.device)
     return torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape).coalesce()
-
-
-@contextmanager
-def _as_before(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Inside it, steps run as written, draw no random numbers that others would draw, and need no autograd."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices if d.type == "cuda"})):
-        try:
-            with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
-                yield
-        finally:
-            random.setstate(state)
