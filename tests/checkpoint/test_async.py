@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
@@ -92,6 +92,7 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def test_what_is_written_while_training_goes_on_is_bit_equal_to_a_save_that_it_waited_for(
     directory: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    seed_everything(0, verbose=False)
     run = trainer(
         strategy(2, save_distributed_checkpoint=directory), callbacks=[Saves(tmp_path / "one", {2: "save", 3: "save"})]
     )
@@ -102,6 +103,7 @@ def test_what_is_written_while_training_goes_on_is_bit_equal_to_a_save_that_it_w
         seen.append([(tmp_path / "two" / "step2").exists(), len(gate.threads)])
         gate.opened.set()
 
+    seed_everything(0, verbose=False)
     run = trainer(
         strategy(2, save_distributed_checkpoint=directory, async_checkpoint=True),
         callbacks=[Saves(tmp_path / "two", {1: lambda: None, 2: "save", 4: look, 5: "save"})],
