@@ -134,8 +134,11 @@ def ten_steps(make: Make, names: tuple[str, ...], mesh: Mesh | None = None) -> t
     return {name: gather_parts(p.detach(), lies[name], mesh) for name, p in params.items()}, whole_steps(optimizer)
 
 
+LONG = ("SGD foreach", "Adagrad", "AdamW fused", "Hugging Face Adafactor, a given rate", "LAMB at rate zero", "LARS")
+
+
 @pytest.mark.filterwarnings("ignore:.*looks at all parameters at once:UserWarning")
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in TABLE])
 def test_ten_steps_are_those_of_the_unsharded_optimizer(name: str) -> None:
     make, sees, names = TABLE[name]
     want, _ = ten_steps(make, names)

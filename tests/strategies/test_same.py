@@ -71,6 +71,20 @@ def test_another_config_version_or_argument_of_the_trainer_is_told_with_values_a
     other = {"layer_specs": [*RULES["layer_specs"], {"patterns": ["nothing"], "partition_type": "skip"}]}
     says(fit(plugin={"partition_config": other if mine() else RULES}), "partition_config['layer_specs'] is")
     says(lambda: trainer(strategy(1 + mine())).fit(Regressor()), "autotp_size is 1 on rank 0, 2 on rank 1")
+    says(fit(max_steps=(2, 3)[mine()]), "Trainer(max_steps) is 2 on rank 0, 3 on rank 1")
+    says(fit(precision=("32-true", "bf16-mixed")[mine()]), "Trainer(precision) is '32-true' on rank 0, 'bf16-mixed'")
+    switch = torch.use_deterministic_algorithms
+    says(lambda: (switch(bool(mine())), fit()()), "deterministic algorithms is False on rank 0, True on rank 1")
+    switch(False)
+    stopping = [EarlyStopping("loss", patience=3)] if mine() else []
+    says(fit(callbacks=stopping), "Trainer(callbacks) is", "EarlyStopping{")
+    says(fit(callbacks=[EarlyStopping("loss", patience=3 + mine())]), "patience of callback 0, EarlyStopping is 3")
+    trainer(strategy(2), max_steps=1).fit(Regressor())  # and the ranks still go together
+
+
+@pytest.mark.long
+@pytest.mark.ranks(2, timeout=240)
+def test_each_argument_of_the_trainer_is_told() -> None:
     arguments: dict[str, Any] = {
         "max_steps": (2, 3),
         "max_epochs": (1, 2),
@@ -90,13 +104,6 @@ def test_another_config_version_or_argument_of_the_trainer_is_told_with_values_a
     }
     for name, values in arguments.items():
         says(fit(**{name: values[mine()]}), f"Trainer({name}) is {values[0]!r} on rank 0, {values[1]!r} on rank 1")
-    switch = torch.use_deterministic_algorithms
-    says(lambda: (switch(bool(mine())), fit()()), "deterministic algorithms is False on rank 0, True on rank 1")
-    switch(False)
-    stopping = [EarlyStopping("loss", patience=3)] if mine() else []
-    says(fit(callbacks=stopping), "Trainer(callbacks) is", "EarlyStopping{")
-    says(fit(callbacks=[EarlyStopping("loss", patience=3 + mine())]), "patience of callback 0, EarlyStopping is 3")
-    trainer(strategy(2), max_steps=1).fit(Regressor())  # and the ranks still go together
 
 
 # ---- the model, the plan, the optimizers
