@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "autotp.json", "meta.pt"]
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
+    at = len(data) // 3
+    if zipfile.is_zipfile(path):  # in what an entry holds, and not in the padding between two
+        with zipfile.ZipFile(path) as held:
+            largest = max(held.infolist(), key=lambda entry: entry.file_size)
+            with held.open(largest) as entry:
+                content = entry.read()
+        at = data.index(content) + len(content) // 3
+    data[at] ^= 1
     path.write_bytes(data)
 
 
