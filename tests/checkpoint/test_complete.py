@@ -32,7 +32,8 @@ FILES = [".metadata", "__0_0.distcp", "__1_0.distcp", "autotp.json", "meta.pt"]
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     at = len(data) // 3
-    if zipfile.is_zipfile(path):  # in what an entry holds, and not in the padding between two
+    # in what an entry holds, and not in the padding between two; a .distcp file is zip files one after the other
+    if path.suffix != ".distcp" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as held:
             largest = max(held.infolist(), key=lambda entry: entry.file_size)
             with held.open(largest) as entry:
