@@ -107,7 +107,7 @@ def proved_or_repaired(
         again, _ = prove(repairs.plan(plan))
         if again.kind == "proved":
             return again, repairs
-    if verdict.kind == "refuted":
+    if verdict.kind == "refuted" and not verdict.is_of_a_switch:
         found = _found(model, plan, prove, seconds)
         if found is not None:
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ ORIGIN = "It comes of"
 """How a finding begins that says where a value comes from."""
 
 Kind = Literal["proved", "unknown", "refuted"]
+
+_OF_A_SWITCH = re.compile(r" ValueError: (loss_parallel|shard_saved_activations): ")
 
 _ORDER: tuple[Kind, ...] = ("proved", "unknown", "refuted")
 
@@ -37,6 +40,11 @@ class Verdict:
     random: tuple[str, ...] = ()
     compared: bool = True
     draws: bool = False
+
+    @property
+    def is_of_a_switch(self) -> bool:
+        """Whether the sharded step was refused for a switch of the config, which no other plan changes."""
+        return any(_OF_A_SWITCH.search(one.message) for one in self.findings)
 
     def __str__(self) -> str:
         """The verdict and its findings, one a line."""

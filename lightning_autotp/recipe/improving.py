@@ -63,9 +63,10 @@ def improve_together(
             rank_zero_info(f"lightning_autotp: no rule says anything of {names}, which stay replicated: {why}")
         return Planned(plan, advice=WITH_A_SAMPLE if _is_replaceable(plan) and not failed else "")
     if look is not None and found.verdict.kind == "refuted":
+        advice = "" if found.verdict.is_of_a_switch else found.said[-1]
         if config.proof != "warn" and not fails_on_ranks(found.verdict):
-            act_on(found.verdict, look, config, found.said[-1])
-        return Planned(plan, advice=found.said[-1])  # it may be right for the rows of the run
+            act_on(found.verdict, look, config, advice)
+        return Planned(plan, advice=advice)  # it may be right for the rows of the run
     return Planned(found.plan, found.proof_for(look), repairs=found.repairs)
 
 
@@ -86,7 +87,7 @@ def _improved(model: nn.Module, plan: ShardingPlan, look: Look, config: TPTraini
         return _replaced(model, Found(plan, said=said), look, config, plan.blockers[0])
     found = _proved(model, plan, look, config)
     found = replace(found, said=(*said, *found.said))
-    if found.verdict.kind == "refuted":
+    if found.verdict.kind == "refuted" and not found.verdict.is_of_a_switch:
         return _replaced(model, found, look, config, found.verdict.reason)
     return found
 
