@@ -214,8 +214,10 @@ def measured(
     return model
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("factory", [llama, plain])
+@pytest.mark.parametrize(
+    ("factory", "reentrant"),
+    corners_of(product([llama, plain], [False, True]), [(llama, False), (plain, True)]),
+)
 @pytest.mark.ranks(4)
 def test_a_rank_keeps_its_part_and_gathers_once_a_block(
     monkeypatch: pytest.MonkeyPatch, factory: Callable[..., Any], reentrant: bool

@@ -121,7 +121,7 @@ def test_eager_switches_with_experts() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("on", [("compile",), SWITCHES], ids="+".join)
+@pytest.mark.parametrize("on", [pytest.param(("compile",), marks=pytest.mark.long), SWITCHES], ids="+".join)
 @pytest.mark.ranks(2, timeout=240)
 def test_compiled_switches_with_experts(on: tuple[str, ...], backend: str) -> None:
     switches = {name: name in on for name in SWITCHES}
@@ -144,7 +144,7 @@ FUSED: dict[str, Any] = {"loss_parallel": "fused"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("on", [("compile",), SWITCHES], ids="+".join)
+@pytest.mark.parametrize("on", [pytest.param(("compile",), marks=pytest.mark.long), SWITCHES], ids="+".join)
 @pytest.mark.ranks(2, timeout=240)
 def test_a_fused_loss_beside_other_switches_and_checkpointed_blocks(on: tuple[str, ...], backend: str) -> None:
     model = check(2, {name: name in on for name in SWITCHES} | FUSED, checkpointed_llama, backend=backend)

@@ -46,7 +46,7 @@ def check(numbers: range) -> None:
 
 
 def test_some_broken_plans() -> None:
-    check(range(24))  # each type with sequence parallelism and without
+    check(range(6, 18))  # each type once, half of them with sequence parallelism
 
 
 @pytest.mark.long

@@ -79,7 +79,7 @@ class CheckpointedBlock(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.ranks(2, timeout=240)
 def test_checkpointing_inside_one_graph_and_around_compiled_blocks(inside: bool) -> None:
     model = shard(build(), *LLAMA_SPECS)
