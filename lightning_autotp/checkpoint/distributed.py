@@ -6,6 +6,7 @@ Here are its form and the reading; :mod:`lightning_autotp.checkpoint.saving` wri
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -20,7 +21,9 @@ from lightning_autotp.checkpoint.safe_load import DamagedError, Planner, Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
 from lightning_autotp.checkpoint.state_dict import Placement, empty_part, map_optimizer_state
 from lightning_autotp.checkpoint.whole_state import Held, as_held, as_part
+from lightning_autotp.distributed.dp_shards import all_rows, as_rows, is_dp_sharded, local_rows, rows_of
 from lightning_autotp.distributed.errors import raised_together
+from lightning_autotp.layout.layout import Layout
 
 
 def is_directory_checkpoint(path: AnyPath) -> bool:
@@ -124,8 +127,13 @@ def view_of(name: str, value: Any, placement: Placement) -> Any:
         return None if value.tensor is None else as_held(value.tensor.detach())
     if not isinstance(value, Tensor):
         return value
-    layout = placement.layout_of(name, value)
-    return value.detach() if layout is None else ShardedView(value.detach(), layout, placement.mesh.tp_rank)
+    layout, rank = placement.layout_of(name, value), placement.mesh.tp_rank
+    if is_dp_sharded(value) and layout is not None and layout.overlaps:
+        value = all_rows(value)  # tensor parallel ranks hold the same heads in other rows, and files must not overlap
+    if is_dp_sharded(value):
+        layout = layout or Layout.replicated(value.shape, placement.mesh.tp_size)
+        return ShardedView(local_rows(value.detach()), layout, rank, rows_of(value))
+    return value.detach() if layout is None else ShardedView(value.detach(), layout, rank)
 
 
 def target_of(name: str, stored: Any, placement: Placement) -> tuple[Any, Any]:
@@ -135,7 +143,12 @@ def target_of(name: str, stored: Any, placement: Placement) -> tuple[Any, Any]:
     layout = placement.layouts.get(name)
     if layout is None or layout.is_replicated or tuple(stored.size) != layout.shape:
         layout = None
-    rank = placement.mesh.tp_rank
+    rank, rows = placement.mesh.tp_rank, placement.rows.get(name)
+    full = placement.layouts.get(name)
+    if rows is not None and full is not None and tuple(stored.size) == full.shape:
+        shape = (rows[1], *full.local_shape(rank)[1:])
+        local = as_rows(as_part(torch.empty(shape, dtype=stored.properties.dtype)), rows)
+        return local, ShardedView(local, full, rank, rows)
     local = empty_part(stored.size, stored.properties.dtype, layout, rank)
     return (local, local) if layout is None else (as_part(local), ShardedView(local, layout, rank))
 

@@ -23,8 +23,9 @@ from lightning_autotp.checkpoint.distributed import (
 )
 from lightning_autotp.checkpoint.safe_load import Reader
 from lightning_autotp.checkpoint.sharded_view import ShardedView
-from lightning_autotp.checkpoint.state_dict import Placement, optimizer_names
+from lightning_autotp.checkpoint.state_dict import Placement, optimizer_names, placed_state
 from lightning_autotp.checkpoint.whole_state import for_owners, is_held, with_everyones
+from lightning_autotp.distributed.dp_shards import as_rows, placed_as
 
 _MODEL, _STATE, _GROUPS = "model.", "optimizer.state.", "optimizer.param_groups."
 
@@ -85,12 +86,13 @@ def load_state(
         ValueError: if the optimizer's parameters are not those of ``optimizer``.
         RuntimeError: if the model's names or shapes are not those of ``model``.
     """
-    model.load_state_dict({name: _local(name, value, placement) for name, value in state["model"].items()})
+    held = model.state_dict(keep_vars=True)
+    model.load_state_dict({n: placed_as(held.get(n), _local(n, v, placement)) for n, v in state["model"].items()})
     if optimizer is not None:
         saved = state["optimizer"]
         found = {n: {e: _local(n, v, placement) for e, v in of_one.items()} for n, of_one in saved["state"].items()}
         numbered = by_number([{**saved, "state": found}], [optimizer_names(model, optimizer)])
-        optimizer.load_state_dict(dict(for_owners(numbered, [optimizer])[0]))
+        optimizer.load_state_dict(placed_state(optimizer, for_owners(numbered, [optimizer])[0]))
 
 
 def _target(name: str, stored: Any, placement: Placement) -> Any:
@@ -100,5 +102,5 @@ def _target(name: str, stored: Any, placement: Placement) -> Any:
 
 def _local(name: str, value: Any, placement: Placement) -> Any:
     if isinstance(value, ShardedView):
-        return value.local
+        return as_rows(value.local, value.rows)
     return placement.cut(name, value) if isinstance(value, Tensor) and not is_held(value) else value

@@ -1,6 +1,6 @@
 """The pieces that one rank holds of a larger tensor, as ``torch.distributed.checkpoint`` (DCP) sees them."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from lightning_autotp.compat import make_wrapper_subclass
-from lightning_autotp.layout.layout import Layout
+from lightning_autotp.layout.layout import Interval, Layout
 
 
 class ShardedView(Tensor):
@@ -18,15 +18,20 @@ class ShardedView(Tensor):
     of the full tensor; there is nothing to compute with.
     """
 
-    __slots__ = ["local", "pieces"]
+    __slots__ = ["local", "pieces", "rows"]
     local: Tensor
+    rows: Optional[Interval]
     pieces: list[tuple[torch.Size, Tensor]]
 
     @staticmethod
-    def __new__(cls, local: Tensor, layout: Layout, rank: int) -> "ShardedView":
+    def __new__(cls, local: Tensor, layout: Layout, rank: int, rows: Optional[Interval] = None) -> "ShardedView":
         view: ShardedView = make_wrapper_subclass(cls, torch.Size(layout.shape), dtype=local.dtype, device=local.device)
-        view.local, boxes = local, layout.boxes(rank)
-        view.pieces = [(torch.Size(box.offset), part) for box, part in zip(boxes, layout.split(local, rank))]
+        view.local, view.rows = local, rows
+        if rows is None:
+            parts = list(zip(layout.boxes(rank), layout.split(local, rank)))
+        else:  # of what the rank holds by its layout, ``local`` has these rows
+            parts = [(box, inside.view(local)) for box, inside in layout.row_boxes(rank, rows)]
+        view.pieces = [(torch.Size(box.offset), part) for box, part in parts]
         return view
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

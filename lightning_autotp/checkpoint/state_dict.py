@@ -1,7 +1,7 @@
 """Model and optimizer state between its local form (in memory) and its full form (in a file)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,17 +10,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_autotp.checkpoint.whole_state import Held, as_part
+from lightning_autotp.distributed.dp_shards import all_rows, is_dp_sharded, placed_as, rows_of
 from lightning_autotp.distributed.functions import gather_parts
 from lightning_autotp.distributed.mesh import Mesh
-from lightning_autotp.layout.layout import Layout
+from lightning_autotp.layout.layout import Interval, Layout
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model's state lie: a layout for every parameter name, and this process's mesh."""
+    """Where the parts of a model's state lie: a layout for every parameter name, and this process's mesh.
+
+    Under ZeRO, ``rows`` has those that this rank holds, by the names of the parameters that are sharded so.
+    """
 
     layouts: Mapping[str, Layout]
     mesh: Mesh
+    rows: Mapping[str, Interval] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, layouts: Mapping[str, Layout], mesh: Mesh) -> "Placement":
@@ -28,7 +33,8 @@ class Placement:
         # a state dict may know a parameter by another name than the module does: wrappers rename, users do
         by_id = {id(p): layouts[name] for name, p in model.named_parameters(remove_duplicate=False)}
         stored = model.state_dict(keep_vars=True)
-        return cls({**layouts} | {name: by_id[id(p)] for name, p in stored.items() if id(p) in by_id}, mesh)
+        rows = {name: rows_of(p) for name, p in (*model.named_parameters(), *stored.items()) if is_dp_sharded(p)}
+        return cls({**layouts} | {name: by_id[id(p)] for name, p in stored.items() if id(p) in by_id}, mesh, rows)
 
     def cut(self, name: str, full: Any) -> Any:
         """This rank's part of a full tensor called ``name``; what has another shape than the parameter stays whole."""
@@ -44,6 +50,7 @@ class Placement:
             return self.mesh.collectives.gather_objects(None if mine is None else mine.cpu())[local.owner]
         if not isinstance(local, Tensor):
             return local
+        local = all_rows(local)
         layout = self.layout_of(name, local)
         return (local.detach() if layout is None else gather_parts(local.detach(), layout, self.mesh)).cpu()
 
@@ -85,6 +92,15 @@ def optimizer_names(module: nn.Module, optimizer: Optimizer) -> list[str]:
                 )
             ordered.append(names[parameter])
     return ordered
+
+
+def placed_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` whose tensors are placed as its parameters are, where ZeRO shards these."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if "state" not in state:
+        return dict(state)
+    placed = {at: {e: placed_as(parameters[at], v) for e, v in of.items()} for at, of in state["state"].items()}
+    return {**state, "state": placed}
 
 
 def map_optimizer_state(

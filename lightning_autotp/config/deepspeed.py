@@ -71,7 +71,20 @@ def section_of(document: Any, where: str, ours: Collection[str], nested: Collect
             f"config: {where!r} is a DeepSpeed config (it has {', '.join(map(repr, theirs))}), and its"
             f' `tensor_parallel` section {found}; give it one, such as {{"autotp_size": 4}}.'
         )
-    return {"tensor_parallel": section} if section and set(section) <= set(nested) else dict(section)
+    ours_alone = {"tensor_parallel": section} if section and set(section) <= set(nested) else dict(section)
+    return _with_zero(ours_alone, document)
+
+
+def _with_zero(section: dict[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    """``section`` with the stage that the config's ``zero_optimization`` says, unless it says one itself."""
+    zero = document.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return section
+    for name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(name), Mapping) and zero[name].get("device", "none") != "none":
+            rank_zero_warn(f"`zero_optimization.{name}` has no effect here: nothing is offloaded.")
+    stage = zero.get("stage", 0)
+    return {"zero_stage": stage, **section} if stage else section
 
 
 def _is_section(section: Any, ours: Collection[str], nested: Collection[str], alone: bool) -> bool:

@@ -64,6 +64,12 @@ def _count(value: Any, info: ValidationInfo) -> Any:
     return int(value)
 
 
+def _stage(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value not in range(4):
+        raise ValueError(f"zero_stage: {value!r} is none of 0, 1, 2 and 3.")
+    return int(value)
+
+
 def _loss_parallel(value: Any) -> Any:
     check_loss_parallel(value)
     return value
@@ -76,5 +82,6 @@ def _proof(value: Any) -> Any:
 ProofSwitch = Annotated[ProofMode, BeforeValidator(_proof)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
 Size = Annotated[int, BeforeValidator(_size)]
+Stage = Annotated[int, BeforeValidator(_stage)]
 Steps = Annotated[int, BeforeValidator(_count)]
 LossSwitch = Annotated[LossParallel, BeforeValidator(_loss_parallel)]

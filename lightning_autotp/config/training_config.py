@@ -16,7 +16,7 @@ from lightning_autotp.config import deepspeed
 from lightning_autotp.config.descriptions import describe, with_entries
 from lightning_autotp.config.dtypes import DType
 from lightning_autotp.config.files import read_document
-from lightning_autotp.config.switches import LossSwitch, ProofSwitch, Size, Steps, Switch
+from lightning_autotp.config.switches import LossSwitch, ProofSwitch, Size, Stage, Steps, Switch
 from lightning_autotp.presets import AUTO, AutoTPPresets
 from lightning_autotp.specs.layer_spec import AutoTPConfig, nearest
 
@@ -147,6 +147,20 @@ class TPTrainingConfig(_Section):
     """Of what checkpointed blocks keep for the backward pass, each rank keeps its part: less memory, for one all-gather
     a block. Needs activation checkpointing and no ``sequence_parallel``."""
 
+    zero_stage: Stage = 0
+    """ZeRO over the data parallel ranks, by torch's FSDP2. 1 and 2: each holds a part of the parameters, gradients and
+    optimizer state between steps, and all parameters from a step's forward to its backward pass; 1 is stored as 2. 3:
+    parameters are gathered a block at a time. 0: each holds all. A DeepSpeed config says it as
+    ``zero_optimization.stage``."""
+
+    zero_group_size: Size = 0
+    """Data parallel ranks that share parameters with ``zero_stage``, of which the others hold the same (hybrid
+    sharding; those of a node, say); 0: all."""
+
+    zero_accumulate_unsharded: Switch = False
+    """With ``zero_stage`` and gradients of several batches, keep whole gradients until the last of these and reduce
+    them once, instead of after each: less communication for more memory."""
+
     broadcast_batch: Switch = False
     """Load data on the first of the ranks that share a model, which sends the batches to the others; theirs are not
     iterated. Each rank loads, and they are compared, without it."""
@@ -222,6 +236,15 @@ class TPTrainingConfig(_Section):
         parsed = asdict(AutoTPConfig.from_dict(rules))
         # only what was given: DeepSpeed's other fields have been warned of, and defaults need not be spelled out
         return {name: value for name, value in parsed.items() if name in rules}
+
+    @model_validator(mode="after")
+    def _zero_together(self) -> "TPTrainingConfig":
+        if self.zero_group_size < 0:
+            raise ValueError(f"zero_group_size: {self.zero_group_size} is negative; 0 takes all data parallel ranks.")
+        for name in ("zero_group_size", "zero_accumulate_unsharded"):
+            if getattr(self, name) and not self.zero_stage:
+                raise ValueError(f"{name}: it goes with zero_stage 1, 2 or 3, which is 0; set one, or leave it out.")
+        return self
 
     @model_validator(mode="after")
     def _one_size(self) -> "TPTrainingConfig":

@@ -163,6 +163,27 @@ class Layout:
             for start, length in self.parts[rank]
         )
 
+    def row_boxes(self, rank: int, rows: Interval) -> tuple[tuple[Box, Box], ...]:
+        """Of the rows (dim 0) that ``rank`` holds, those in ``rows``: their boxes of the full tensor and of these rows.
+
+        >>> Layout.cut((6, 2), 0, 2, [((0, 1), (1, 2)), ((0, 2), (2, 1))]).row_boxes(0, (1, 2))
+        ((Box(offset=(3, 0), size=(2, 2)), Box(offset=(0, 0), size=(2, 2))),)
+        """
+        first, count = rows
+        wanted = Box((first, *(0 for _ in self.shape[1:])), (count, *self.local_shape(rank)[1:]))
+        found = []
+        local = 0
+        for box in self.boxes(rank):
+            dim = self.dim or 0
+            at = tuple(local if d == dim else 0 for d in range(len(self.shape)))
+            overlap = Box(at, box.size).overlap(wanted)
+            local += box.size[dim]
+            if overlap is not None:
+                moved = tuple(o + f - a for o, f, a in zip(overlap.offset, box.offset, at))
+                inside = tuple(o - w for o, w in zip(overlap.offset, wanted.offset))
+                found.append((Box(moved, overlap.size), Box(inside, overlap.size)))
+        return tuple(found)
+
     def shared(self, rank: int) -> tuple[Share, ...]:
         """The runs of what ``rank`` holds that other ranks hold too, in local order; none when replicated."""
         if not self.overlaps:
@@ -234,6 +255,17 @@ def even_widths(total: int, tp_size: int, unit: int = 1) -> tuple[Interval, ...]
     base, extra = divmod(units, tp_size)
     lengths = [(base + (rank < extra)) * unit for rank in range(tp_size)]
     return tuple(zip([0, *accumulate(lengths)], lengths))
+
+
+def chunk(length: int, ranks: int, rank: int) -> Interval:
+    """The run of ``length`` that ``rank`` holds of it as ``torch.chunk`` gives them: the last ranks less, or nothing.
+
+    >>> [chunk(5, 4, rank) for rank in range(4)]
+    [(0, 2), (2, 2), (4, 1), (5, 0)]
+    """
+    size = -(-length // ranks)
+    start = min(rank * size, length)
+    return start, min(size, length - start)
 
 
 def _joined(part: Sequence[Interval]) -> tuple[Interval, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_autotp.distributed.dp_shards import is_dp_sharded
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.optimizers.samples import Kind
@@ -37,7 +38,7 @@ def accept_optimizers(
     Raises:
         ValueError: on all processes alike, if one can neither step parts nor whole tensors; with the reason.
     """
-    if mesh.tp_size == 1:
+    if mesh.tp_size == 1 and not any(map(is_dp_sharded, layouts)):
         return
     for optimizer in optimizers:
         found = whole_steps(optimizer)
@@ -66,6 +67,12 @@ def _look(optimizer: Any) -> None:
     verdict = _verdict(optimizer, kinds, steps) if mesh.collectives.world_rank == 0 else None
     verdict = mesh.collectives.broadcast_object(verdict, "world")
     name = type(optimizer).__name__
+    if any(map(is_dp_sharded, layouts)) and (verdict.wrong or set(verdict.sees) != {Sees.ELEMENT}):
+        raise ValueError(
+            f"{name} looks at more than single elements, and with zero_stage each rank holds rows of a parameter only."
+            " Use zero_stage=0, with which the rank that owns a parameter steps all of it, or an elementwise optimizer"
+            " such as AdamW."
+        )
     if verdict.wrong:
         raise ValueError(
             f"{name} is refused with tensor parallelism: {verdict.wrong}. Use another optimizer, such as AdamW, for the"
@@ -92,7 +99,7 @@ def _tell(name: str, verdict: Verdict) -> None:
 def _kinds(group: Mapping[str, Any], layouts: Mapping[nn.Parameter, Layout]) -> list[Kind]:
     found: dict[str, Kind] = {}
     for place, p in enumerate(group["params"]):
-        sharded = not layouts[p].is_replicated
+        sharded = not layouts[p].is_replicated or is_dp_sharded(p)
         attributes = tuple((k, v) for k, v in vars(p).items() if isinstance(v, (bool, int, float, str)))
         kind = Kind(place, p.ndim, p.dtype, p.device, sharded, attributes)
         known = found.setdefault(repr((p.ndim, p.dtype, p.device, attributes)), kind)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -33,6 +34,7 @@ from lightning_autotp.recipe.improving import improve_together, may_improve
 from lightning_autotp.recipe.make_plan import make_plan
 from lightning_autotp.recipe.proving import prove_together
 from lightning_autotp.sharding.state import Sharded, sharded, with_plan
+from lightning_autotp.sharding.zero import zero_of
 from lightning_autotp.training.compile import is_compiled
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.gradients import TPGradients, shared_scaler
@@ -101,12 +103,13 @@ class Engine:
 
     def __init__(self, model: nn.Module, found: Sharded, look: FirstLook, prover: Optional[Prover] = None) -> None:
         self.model, self.sharded, self.mesh = model, found, found.mesh
-        self.look, self.prover = look, prover
+        self.look, self.prover, self.zero = look, prover, zero_of(model)
         self.random = RandomNumbers(model, self.mesh, found.batch.tokens, warn_of_draw)
         if prover is not None:
             prover.sharded(model)
             self._learn_of_draws(prover)
-        self.replicas = ReplicasLook(model, found.mesh, look.enabled)
+        # under ZeRO there is one gradient, of which replicas hold rows
+        self.replicas = ReplicasLook(model, found.mesh, look.enabled and self.zero is None)
         self._gradients: Optional[TPGradients] = None
         self._scaler: Any = None
 
@@ -131,7 +134,8 @@ class Engine:
             autocast: the dtype of autocast in training steps, None without it.
         """
         self._gradients = TPGradients(self.model, self.sharded, compiled=is_compiled(self.model))
-        self.sharded.overlap.measure(autocast)
+        with nullcontext() if self.zero is None else self.zero.gathered():
+            self.sharded.overlap.measure(autocast)
         share_random_state(self.mesh, device)
         if self.mesh.tp_size > 1 and self.prover is None:
             warn_of_dropout(self.model, self.sharded.plan)
@@ -186,6 +190,12 @@ class Engine:
         for optimizer in optimizers:
             optimizer_names(self.model, optimizer)
         accept_optimizers(optimizers, self.gradients.layouts, self.mesh, self._complete_gradients, closures=closures)
+        for optimizer in optimizers if self.zero is not None else ():  # what is gathered is older than the step
+            optimizer.register_step_post_hook(self._reshard)
+
+    def _reshard(self, *_: Any) -> None:
+        assert self.zero is not None
+        self.zero.reshard()
 
     def _complete_gradients(self) -> None:
         if self._gradients is not None:
@@ -193,7 +203,9 @@ class Engine:
 
     def loss_scaler(self, scaler: Any) -> Any:
         """A loss scaler like ``scaler`` that skips a step on all ranks if one of them overflows."""
-        self._scaler = shared_scaler(scaler, self.mesh) if self.mesh.tp_size > 1 else scaler
+        if self.mesh.tp_size > 1 or self.zero is not None:
+            scaler = shared_scaler(scaler, self.mesh, zero=self.zero is not None)
+        self._scaler = scaler
         return self._scaler
 
     def end_training(self) -> None:
@@ -233,14 +245,20 @@ class Engine:
         """What ``step``, a forward pass that ends in a loss, returns."""
         saved = self.sharded.saved
         with nullcontext() if saved is None else saved.step(), self.random.active():
-            output = step(*args, **kwargs)
+            output = step(*args, **kwargs) if self.zero is None else self.zero.call(step, *args, **kwargs)
         self.look.loss(output)
         return output
 
     def evaluation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``step``, a forward pass without gradients, returns; the first one's outputs are compared."""
+        look = partial(self.look.step, called_around(self.model, self.sharded.plan), step)
         with self.random.active():
-            return self.look.step(called_around(self.model, self.sharded.plan), step, *args, **kwargs)
+            if self.zero is None:
+                return look(*args, **kwargs)
+            with torch.inference_mode(False), torch.no_grad():  # what is gathered is used in training, too
+                output = self.zero.call(look, *args, **kwargs)
+            self.zero.reshard()
+            return output
 
     def complete(self, optimizer: Optional[Optimizer] = None) -> None:
         """Make the gradients those of the unsharded model, if they are not yet; the first ones are compared."""
@@ -268,7 +286,7 @@ class Engine:
     def clip_value(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], value: float) -> None:
         """Clip every element of the gradients to ``[-value, value]``."""
         self.complete(optimizer)
-        torch.nn.utils.clip_grad_value_(parameters, value)
+        self.gradients.clip_value(parameters, value)
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Learn from the step that ``optimizer`` has taken which layers share an input; compare the first weights."""

@@ -24,6 +24,7 @@ from lightning_autotp.recipe.parallelized import Parallelized
 from lightning_autotp.recipe.proving import prove_sample, prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
+from lightning_autotp.sharding.zero import shard_as_asked
 from lightning_autotp.training.compile import compile_blocks
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.data_parallel import replicate, statistics_over_dp
@@ -87,6 +88,7 @@ def parallelize(
     if switches.compile:
         compile_blocks(model, plan)
     statistics_over_dp(model.to(device), mesh)
+    shard_as_asked(model, plan, mesh, switches)
     engine = Engine(model, found, look, prover)
     engine.begin_training(device, autocast)
     engine.watch_calls()

@@ -45,6 +45,8 @@ class Parallelized:
 
     def no_sync(self) -> AbstractContextManager[None]:
         """A context for the forward and backward passes of all but the last batch that gradients are summed over."""
+        if self.engine.zero is not None:
+            return self.engine.zero.without_reduction()
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def prove(self, step: Callable[[nn.Module, Any], Tensor], batch: Any) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
 from torch import nn
 from typing_extensions import override
 
+from lightning_autotp.distributed.dp_shards import local_rows
 from lightning_autotp.plans.plan import ShardingPlan
 
 
@@ -71,7 +72,8 @@ class FullSummary(Summary):
     @override
     def _get_summary_data(self) -> list[tuple[str, list[str]]]:
         data = super()._get_summary_data()
-        own = [get_human_readable_count(sum(p.numel() for p in layer._module.parameters())) for layer in self._layers]
+        held = [sum(local_rows(p).numel() for p in layer._module.parameters()) for layer in self._layers]
+        own = [get_human_readable_count(count) for count in held]
         rows = len(data[0][1])
         at = next(number for number, (title, _) in enumerate(data) if title == "Params")
         # the title that Lightning's rich table knows

@@ -29,6 +29,7 @@ from lightning_autotp.recipe.engine import Engine, plan_once
 from lightning_autotp.recipe.proving import prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
+from lightning_autotp.sharding.zero import shard_as_asked
 from lightning_autotp.strategies.arguments import takes_fields_of
 from lightning_autotp.strategies.callbacks import share_copies
 from lightning_autotp.strategies.sample import sample_of
@@ -39,6 +40,7 @@ from lightning_autotp.strategies.validation import (
     check_processes,
     known_arguments,
     refuse_callbacks,
+    refuse_for_zero,
     refuse_links,
     refuse_places,
 )
@@ -109,6 +111,9 @@ class AutoTPStrategy(FeatureStrategy):
         async_checkpoint: Optional[bool] = None,
         sample_batch: Any = None,
         broadcast_batch: Optional[bool] = None,
+        zero_stage: Optional[int] = None,
+        zero_group_size: Optional[int] = None,
+        zero_accumulate_unsharded: Optional[bool] = None,
         **kwargs: Any,
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters
@@ -212,18 +217,21 @@ class AutoTPStrategy(FeatureStrategy):
         )
         if self.config.compile:
             compile_blocks(module, planned.plan)
+        shard_as_asked(module, planned.plan, self.mesh, self.config)
         return Engine(module, found, look, self._prover)
 
     def _begin_fit(self, trainer: Trainer, module: LightningModule, engine: Engine) -> None:
         if self.config.async_checkpoint:
             refuse_links(trainer)
         raised_together(lambda: refuse_places(trainer))
+        if engine.zero is not None:
+            refuse_for_zero(trainer, module, self._ddp_comm_hook)
         if self.tp_size > 1:
             refuse_callbacks(trainer)
             summarize_the_full_model(trainer, module, engine.sharded.plan)
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         engine.begin_training(self.root_device, halves.get(str(self.precision_plugin.precision)))
-        if self.dp_size > 1:
+        if self.dp_size > 1 and engine.zero is None:
             refuse_for_ddp(module, self._ddp_kwargs, accumulates=trainer.accumulate_grad_batches > 1)
             self.configure_ddp()
         self._reset_optimizers_and_schedulers()

@@ -26,11 +26,18 @@ from lightning_autotp.checkpoint.places import AnyPath, place_of
 from lightning_autotp.checkpoint.publish import not_saved, write_in_place, write_remotely
 from lightning_autotp.checkpoint.safe_load import load_with, plain
 from lightning_autotp.checkpoint.saving import Write, look_at_what_is_refused, prepare_directory
-from lightning_autotp.checkpoint.state_dict import Placement, full_checkpoint, of_first_rank, optimizer_names
+from lightning_autotp.checkpoint.state_dict import (
+    Placement,
+    full_checkpoint,
+    of_first_rank,
+    optimizer_names,
+    placed_state,
+)
 from lightning_autotp.checkpoint.tensors import RECORD, tensors_of
 from lightning_autotp.checkpoint.whole_state import everyones, for_owners
 from lightning_autotp.compat import begin_data_of_next_epoch
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.dp_shards import placed_as
 from lightning_autotp.distributed.errors import Processes, raised_together
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.plans.plan import ShardingPlan
@@ -96,6 +103,9 @@ class CheckpointStrategy(DataStrategy):
             raise self._other_model(error, checkpoint["state_dict"]) from None
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        held = self._module.state_dict(keep_vars=True)
+        placed = {name: placed_as(held.get(name), value) for name, value in checkpoint["state_dict"].items()}
+        checkpoint = {**checkpoint, "state_dict": placed}
         if not self._exclude_frozen_parameters:
             super().load_model_state_dict(checkpoint, strict=strict)
             return
@@ -118,7 +128,7 @@ class CheckpointStrategy(DataStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # only now are there the groups that the optimizers had when they were saved: callbacks rebuild them
         states = of_this_run(checkpoint["optimizer_states"], self._optimizer_names(), self._placement)
-        states = for_owners(states, self.optimizers)
+        states = [placed_state(o, s) for o, s in zip(self.optimizers, for_owners(states, self.optimizers))]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     # -- saving -------------------------------------------------------------------------------------------------------

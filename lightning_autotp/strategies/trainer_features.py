@@ -1,6 +1,7 @@
 """What a Lightning strategy does for features of the Trainer that look at a whole model: norms, logs, predictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional, Union
 
 from lightning.pytorch import LightningModule
@@ -82,6 +83,17 @@ class FeatureStrategy(CheckpointStrategy):
     def parameter_norm(self, of: Of = None, norm_type: float = 2.0) -> Tensor:
         """The norm of the unsharded model's weights, the same on every rank; see :meth:`grad_norm`."""
         return self._norms.parameter_norm(of, norm_type)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        zero = self.engine.zero
+        if zero is None:
+            with super().block_backward_sync():
+                yield
+        else:
+            with zero.without_reduction() if self.config.zero_accumulate_unsharded else nullcontext():
+                yield
 
     # -- what thaws
 

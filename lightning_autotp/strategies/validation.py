@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +30,24 @@ def refuse_callbacks(trainer: Trainer) -> None:
                 f"{type(callback).__name__} ranks the elements of whole tensors, of which a rank holds a part: it does"
                 " not work with tensor parallelism. Prune the model before, in a run of autotp_size=1, or afterwards."
             )
+
+
+def refuse_for_zero(trainer: Trainer, module: nn.Module, comm_hook: Any) -> None:
+    """Refuse what looks at whole parameters, or at how torch's DDP reduces gradients, with ``zero_stage``.
+
+    Raises:
+        ValueError: with what it is and the fix.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging, ModelPruning)):
+            raise ValueError(
+                f"zero_stage: {type(callback).__name__} copies or ranks whole parameters, of which a rank holds rows:"
+                " leave it out, or use zero_stage=0."
+            )
+    if comm_hook is not None:
+        raise ValueError("zero_stage: ddp_comm_hook is DistributedDataParallel's; leave it out, or use zero_stage=0.")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError("no parameter of the model requires a gradient, so there is nothing to train.")
 
 
 def refuse_links(trainer: Trainer) -> None:

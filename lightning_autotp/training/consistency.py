@@ -127,7 +127,10 @@ class FirstLook:
         for of_one in found.values():
             values |= of_one
         require_agreement(values, self.mesh, _SAME_NUMBERS)
-        due -= {name for name, of_one in found.items() if any(digest.says_something for digest in of_one.values())}
+        told = {name for name, of_one in found.items() if any(digest.says_something for digest in of_one.values())}
+        if gradients.zero is not None:  # data parallel ranks hold other rows, and must go on comparing alike
+            told = set().union(*self.mesh.collectives.gather_objects(told, "dp"))
+        due -= told
 
     def weights(self, whole: Callable[[], Mapping[str, Tensor]], optimizer: object) -> None:
         """Warn where parameters that are whole are no longer bit-equal after the first step of each ``optimizer``.

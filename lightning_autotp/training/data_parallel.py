@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.sharding.zero import zero_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def replicate(model: nn.Module, mesh: Mesh, device: torch.device, options: Mappi
     Raises:
         ValueError: if torch's DDP cannot train it.
     """
-    if mesh.dp_size == 1:
+    if mesh.dp_size == 1 or zero_of(model) is not None:
         return model
     refuse_for_ddp(model, options)
     devices = [device] if device.type == "cuda" else None

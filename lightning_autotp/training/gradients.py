@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lightning_autotp.compat import foreach_copy_, foreach_norm, scaler_settings
+from lightning_autotp.distributed.dp_shards import all_rows, local_rows, rows_of
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.sharding.state import Sharded
+from lightning_autotp.sharding.zero import zero_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class TPGradients:
     them before it is used. The average of a complete gradient is that gradient, so that it may be taken at any time and
     any number of times, gradient accumulation included.
 
+    Under ZeRO a gradient is of the rows that this rank holds, and is reduced over the data parallel ranks as it
+    arrives; all that is elementwise is done on these rows. Ranks may hold the same key heads in other rows: for these
+    all rows are gathered.
+
     Args:
         model: a sharded model.
         sharded: how it was sharded.
@@ -46,7 +52,7 @@ class TPGradients:
     """
 
     def __init__(self, model: nn.Module, sharded: Sharded, *, compiled: bool = False) -> None:
-        self.mesh = sharded.mesh
+        self.mesh, self.zero = sharded.mesh, zero_of(model)
         entries = sharded.plan.parameters
         self.layouts: dict[nn.Parameter, Layout] = {}
         self.partial: dict[nn.Parameter, list[Partial]] = {}
@@ -64,14 +70,18 @@ class TPGradients:
                     Partial(parameter, share.owners, layout.dim, share.start, share.length) for share in shares
                 ]
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._complete = self._averaged = True
+        self._complete = self._averaged = self._reduced = True
         self._handles = [self._on_gradient(p, self._scaled(p, runs)) for p, runs in self.partial.items()]
         self._handles += [self._on_gradient(p, self._seen) for p in self.rounded]
+        if self.zero is not None:
+            self.zero.on_reduction = self._arrive
 
     def remove(self) -> None:
         """Take the hooks off the parameters again."""
         for handle in self._handles:
             handle.remove()
+        if self.zero is not None:
+            self.zero.on_reduction = None
 
     @torch.no_grad()
     def complete(self, *, average: bool = True) -> None:
@@ -81,16 +91,25 @@ class TPGradients:
         differ by more than rounding can be told before.
         """
         waiting: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
+        gathered: list[tuple[Any, Tensor]] = []
+        if self.zero is not None and not self._reduced:
+            self._reduced = True
+            self.zero.average_replicated()
+            self.zero.forget_unused()
         for parameter, runs in () if self._complete else self.partial.items():
             if parameter.grad is not None:
+                grad: Tensor = local_rows(parameter.grad)
+                if runs[0].dim is not None and grad is not parameter.grad:
+                    grad = all_rows(parameter.grad)
+                    gathered.append((parameter.grad, grad))
                 for run in runs:
-                    waiting[(run.owners, parameter.grad.dtype)].append(run.of(parameter.grad))
+                    waiting[(run.owners, grad.dtype)].append(run.of(grad))
         self._complete = True
         if average and not self._averaged:
             self._averaged = True
             for parameter in self.rounded:
                 # one that is not there on this rank may be on others: all reduce as many numbers
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                grad = local_rows(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
                 if parameter.requires_grad and grad.layout is torch.strided:
                     # in fp32, of halves: what fp16 holds once it may not hold twice
                     dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -103,38 +122,54 @@ class TPGradients:
             flat /= len(owners)
             parts = flat.split([g.numel() for g in grads])
             foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+        for sharded_grad, full in gathered:
+            local_rows(sharded_grad).copy_(full.narrow(0, *rows_of(sharded_grad)))
 
     def incomplete(self) -> dict[str, Tensor]:
         """The gradients of whole parameters that wait for :meth:`complete`, by name."""
         whole = [p for p in self.partial if self._is_whole(p) and not self._complete]
-        return {self._names[p]: p.grad for p in whole if p.grad is not None}
+        return {self._names[p]: local_rows(p.grad) for p in whole if p.grad is not None}
 
     def whole(self) -> dict[str, Tensor]:
         """The gradients of parameters that every rank holds whole, by name."""
-        return {n: p.grad for p, n in self._names.items() if p.grad is not None and self.layouts[p].is_replicated}
+        whole = [(n, p.grad) for p, n in self._names.items() if self.layouts[p].is_replicated]
+        return {name: local_rows(grad) for name, grad in whole if grad is not None}
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """The parameters that every rank holds whole, by name."""
-        return {name: p for p, name in self._names.items() if self.layouts[p].is_replicated}
+        return {name: local_rows(p) for p, name in self._names.items() if self.layouts[p].is_replicated}
 
     @torch.no_grad()
     def total_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """The 2-norm, in float32 or float64, of the gradient of the unsharded parameters; the same on every rank.
 
-        What is cut is summed over the ranks, what is whole counts once.
+        What is cut is summed over the ranks, what is whole counts once. Under ZeRO every data parallel rank must call
+        it.
         """
         with_grad = [p for p in parameters if p.grad is not None]
-        cut = [piece for p in with_grad if not self._is_whole(p) for piece in self._pieces(p)]
-        whole = [(p.grad, 1) for p in with_grad if p.grad is not None and self._is_whole(p)]
+        rows: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]] = [], []
+        all_of_them: tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]] = [], []
+        for p in with_grad:
+            assert p.grad is not None
+            held = local_rows(p.grad)
+            of_rows = held is not p.grad
+            if self._is_whole(p):
+                (rows if of_rows else all_of_them)[1].append((held, 1))
+            elif of_rows and p not in self.partial:
+                rows[0].append((held, 1))
+            else:
+                all_of_them[0].extend(self._pieces(p, all_rows(p.grad)))
         device = next(iter(self.layouts)).device
-        squares = _sum_of_squares(cut, device)
-        squares = self.mesh.collectives.all_reduce(squares)
-        return (squares + _sum_of_squares(whole, device)).sqrt()
+        cut, whole = (_sum_of_squares(grads, device) for grads in all_of_them)
+        if self.zero is not None:
+            dtype = _widest(with_grad)
+            both = torch.stack([_sum_of_squares(grads, device).to(dtype) for grads in rows])
+            shared = self.zero.sum_over_shards(both)
+            cut, whole = cut + shared[0], whole + shared[1]
+        return (self.mesh.collectives.all_reduce(cut) + whole).sqrt()
 
-    def _pieces(self, parameter: nn.Parameter) -> Iterator[tuple[Tensor, int]]:
+    def _pieces(self, parameter: nn.Parameter, grad: Tensor) -> Iterator[tuple[Tensor, int]]:
         """The gradient of a cut parameter in runs, each with the number of ranks that hold it."""
-        grad = parameter.grad
-        assert grad is not None
         end, dim = 0, self.layouts[parameter].dim or 0
         for run in self.partial.get(parameter, []):
             yield grad.narrow(dim, end, run.start - end), 1
@@ -146,8 +181,12 @@ class TPGradients:
         """Scale the gradients so that their true norm is at most ``max_norm``; returns the norm before."""
         parameters = list(parameters)
         norm = self.total_norm(parameters)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(_with_rows(parameters), max_norm, norm)
         return norm
+
+    def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
+        """Clip every element of the gradients to ``[-value, value]``."""
+        torch.nn.utils.clip_grad_value_(_with_rows(parameters), value)
 
     def _scaled(self, parameter: nn.Parameter, runs: list[Partial]) -> Callable[[Tensor], Tensor]:
         factor: Any = self.mesh.tp_size
@@ -167,10 +206,15 @@ class TPGradients:
     def _seen(self, grad: Tensor) -> None:
         self._averaged = False
 
-    @staticmethod
+    def _arrive(self) -> None:
+        """Gradients of some data parallel rank are about to arrive, though this one may have used nothing."""
+        self._complete = self._averaged = self._reduced = False
+
     def _on_gradient(
-        parameter: nn.Parameter, hook: Callable[[Tensor], Optional[Tensor]]
+        self, parameter: nn.Parameter, hook: Callable[[Tensor], Optional[Tensor]]
     ) -> "torch.utils.hooks.RemovableHandle":
+        if self.zero is not None:
+            parameter = self.zero.unsharded.get(parameter, parameter)
         # a frozen parameter takes no hook, but may be thawed later: the hook stays on it
         trains = parameter.requires_grad
         handle = parameter.requires_grad_().register_hook(hook)
@@ -180,6 +224,23 @@ class TPGradients:
     def _is_whole(self, parameter: nn.Parameter) -> bool:
         layout = self.layouts.get(parameter)
         return layout is None or layout.is_replicated
+
+
+def _with_rows(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Stand-ins whose gradients are what this rank holds of them, in the same memory."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is not None and local_rows(parameter.grad) is not parameter.grad:
+            rows = local_rows(parameter.grad)
+            parameter = nn.Parameter(rows.detach())  # clipping reads the gradient alone
+            parameter.grad = rows
+        found.append(parameter)
+    return found
+
+
+def _widest(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """That of norms, alike on all ranks, some of which may hold no rows."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
 def _sum_of_squares(grads: list[tuple[Tensor, int]], device: torch.device) -> Tensor:
@@ -196,11 +257,12 @@ def _sum_of_squares(grads: list[tuple[Tensor, int]], device: torch.device) -> Te
     return total
 
 
-def shared_scaler(scaler: Any, mesh: Mesh) -> ShardedGradScaler:
+def shared_scaler(scaler: Any, mesh: Mesh, *, zero: bool = False) -> ShardedGradScaler:
     """A loss scaler with the settings of ``scaler`` that skips a step on all ranks if one of them overflows."""
     settings = scaler_settings(scaler)
     started = settings.pop("started")
-    shared = ShardedGradScaler(**settings, process_group=mesh.tp_group)
+    # under ZeRO data parallel ranks hold other rows of the gradients
+    shared = ShardedGradScaler(**settings, process_group=mesh.collectives.process_group("world" if zero else "tp"))
     if started:
         shared.load_state_dict(scaler.state_dict())
     return shared

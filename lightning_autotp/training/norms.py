@@ -6,6 +6,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
+from lightning_autotp.distributed.dp_shards import all_rows
 from lightning_autotp.training.gradients import TPGradients
 
 Of = Union[nn.Module, Tensor, Iterable[Tensor], None]
@@ -64,10 +65,10 @@ class Norms:
         cut, whole = torch.zeros((), device=device), torch.zeros((), device=device)
         for parameter in parameters:
             if self._is_cut(parameter):
-                for piece, owners in self._pieces(parameter, values(parameter)):
+                for piece, owners in self._pieces(parameter, all_rows(values(parameter))):
                     cut = _joined(cut, piece, norm_type, owners)
             else:
-                whole = _joined(whole, values(parameter), norm_type, 1)
+                whole = _joined(whole, all_rows(values(parameter)), norm_type, 1)
         if self.gradients is not None:
             # in one dtype on all ranks, some of which may hold nothing of a parameter
             cut = cut.double() if any(p.dtype == torch.float64 for p in parameters) else cut

@@ -388,6 +388,9 @@ def test_names_and_order_of_arguments_stay() -> None:
             "async_checkpoint",
             "sample_batch",
             "broadcast_batch",
+            "zero_stage",
+            "zero_group_size",
+            "zero_accumulate_unsharded",
             "kwargs",
         ),
     ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_autotp import AutoTPStrategy
+from lightning_autotp.distributed.dp_shards import all_rows
 from lightning_autotp.proof.error_metrics import MODEL_SCALE
 from lightning_autotp.sharding.state import sharded
 from tests.helpers.closeness import assert_close, relative_errors
@@ -55,11 +56,11 @@ class RecordedModel(LanguageModel):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.record.gradients.append(
-            {name: p.grad.detach().clone() for name, p in self.named_parameters() if p.grad is not None}
+            {n: all_rows(p.grad.detach()).clone() for n, p in self.named_parameters() if p.grad is not None}
         )
 
     def on_train_end(self) -> None:
-        self.record.weights = {name: p.detach().clone() for name, p in self.named_parameters()}
+        self.record.weights = {name: all_rows(p.detach()).clone() for name, p in self.named_parameters()}
 
 
 def batches_for(vocab: int, steps: int = STEPS) -> list[Tensor]:

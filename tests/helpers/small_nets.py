@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_autotp import AutoTPStrategy
+from lightning_autotp.distributed.dp_shards import all_rows
 from lightning_autotp.distributed.functions import gather_parts
 from lightning_autotp.sharding.state import sharded
 from tests.helpers.models import quiet_trainer
@@ -129,8 +130,8 @@ def unsharded(model: LightningModule, **options: Any) -> dict[str, Tensor]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters, as they are on this rank."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Copies of all parameters, as they are on this rank; under ZeRO every data parallel rank must call it."""
+    return {name: all_rows(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
 def parts_of(model: nn.Module, full: dict[str, Tensor]) -> dict[str, Tensor]:

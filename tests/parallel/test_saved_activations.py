@@ -216,7 +216,7 @@ def measured(
 
 @pytest.mark.parametrize(
     ("factory", "reentrant"),
-    corners_of(product([llama, plain], [False, True]), [(llama, False), (plain, True)]),
+    corners_of(product((llama, plain), (False, True)), [(llama, False), (plain, True)]),
 )
 @pytest.mark.ranks(4)
 def test_a_rank_keeps_its_part_and_gathers_once_a_block(

@@ -1,0 +1,320 @@
+"""ZeRO: what tensor parallelism leaves to a rank is sharded once more, over the data parallel ranks, by torch's FSDP2.
+
+Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054. The local tensors of tensor parallelism are to FSDP2 what the full
+ones are without it, so that layers, plans and layouts know nothing of this.
+
+=====  ===================  =======================================================================
+stage  between steps        in a step
+=====  ===================  =======================================================================
+0      all is replicated    gradients are all-reduced (torch's ``DistributedDataParallel``)
+1, 2   all is sharded       a block's parameters are gathered once, and freed after its backward pass
+3      all is sharded       they are freed after the forward pass too, and gathered again
+=====  ===================  =======================================================================
+
+"All" are parameters, gradients and the optimizer's state: FSDP2 has no stage that keeps whole gradients, so 1 is 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from lightning_autotp.compat.fsdp import before_reduction, fsdp_modules, gathered_parameters
+from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.dp_shards import is_dp_sharded, local_rows
+from lightning_autotp.distributed.mesh import Mesh
+from lightning_autotp.planning.blocks import children_of, lists_around
+from lightning_autotp.plans.plan import ShardingPlan
+
+_numbers = itertools.count()
+_ZERO, _CALL = "_autotp_zero", "_autotp_call"
+
+
+class Zero:
+    """A model whose parameters data parallel ranks share; made by :func:`shard_over_dp`.
+
+    Args:
+        model: the model, which FSDP2 has sharded.
+        stage: 1, 2 or 3.
+        mesh: this process's place.
+        shard_group: the processes that share parameters; a part of the data parallel group where that is hybrid.
+        host_group: all data parallel processes, for what is on the CPU.
+        replicated: parameters that FSDP2 does not know, single numbers.
+    """
+
+    def __init__(
+        self,
+        model: FSDPModule,
+        stage: int,
+        mesh: Mesh,
+        shard_group: dist.ProcessGroup,
+        host_group: dist.ProcessGroup,
+        replicated: list[nn.Parameter],
+    ) -> None:
+        self.model, self.stage, self.mesh = model, stage, mesh
+        self.shard_group, self.host_group, self.replicated = shard_group, host_group, replicated
+        self.unsharded: dict[nn.Parameter, nn.Parameter] = {}
+        """By parameter, what the forward pass sees of it, whose gradient the backward pass computes."""
+        self.on_reduction: Optional[Callable[[], None]] = None
+        """Called before gradients are reduced over the data parallel ranks."""
+        self._used: set[nn.Parameter] = set()
+        self._call: Callable[..., Any] = vars(model)[_CALL]
+
+    @property
+    def modules(self) -> list[FSDPModule]:
+        """The modules whose parameters are gathered together, the model first."""
+        return fsdp_modules(self.model)  # type: ignore[arg-type]  # it is an nn.Module, too
+
+    def call(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``step`` returns, a step of the model past its ``forward``, with its parameters gathered as it runs."""
+        self.reshard()  # what was gathered in between may be older than the last optimizer's step
+        return self._call(step, *args, **kwargs)
+
+    def reshard(self) -> None:
+        """Free what is gathered: after a forward pass that no backward pass follows."""
+        for module in self.modules:
+            module.reshard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather all parameters at once; every data parallel rank must call it."""
+        for module in self.modules:
+            module.unshard()
+        try:
+            yield
+        finally:
+            self.reshard()
+
+    @contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        """Keep whole gradients of the batches in here, to be reduced with the next one's."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    def sum_over_shards(self, x: Tensor) -> Tensor:
+        """Sum ``x``, of the rows that a rank holds, over those that share them."""
+        dist.all_reduce(x, group=self.shard_group)
+        return x
+
+    def max_over_shards(self, x: Tensor) -> Tensor:
+        """The largest ``x`` of those that share rows."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.shard_group)
+        return x
+
+    @torch.no_grad()
+    def forget_unused(self) -> None:
+        """Let parameters that no data parallel rank has used have no gradient, as without ZeRO.
+
+        To be called between the backward pass and the optimizer's step by every process.
+        """
+        parameters = [p for p in self.unsharded if p.requires_grad]
+        used = torch.tensor([p in self._used for p in parameters], dtype=torch.uint8)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=self.host_group)
+        for parameter, anywhere in zip(parameters, used.tolist()):
+            if not anywhere:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def average_replicated(self) -> None:
+        """Average the gradients of what FSDP2 does not reduce; once is as good as twice."""
+        trained = [p for p in self.replicated if p.requires_grad]
+        if not trained:
+            return
+        there = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = torch.cat([torch.stack([g.reshape(()).to(torch.float64) for g in grads]), there.to(torch.float64)])
+        dist.all_reduce(flat, group=self.mesh.dp_group)
+        for p, total, ranks in zip(trained, *flat.split(len(trained))):
+            if ranks:
+                p.grad = (total / self.mesh.dp_size).to(p.dtype).reshape(p.shape)
+
+    def watch(self) -> None:
+        """Gather everything once, so that what the forward pass sees is known, and see to unused parameters."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.call(lambda: None)
+            for module in self.modules:
+                module.unshard()
+                self.unsharded |= dict(gathered_parameters(module))
+                module.reshard()
+                before_reduction(module, self._see)
+        on_demand = _OnDemand(self.modules)
+        for owner in on_demand.owners:
+            owner.register_forward_pre_hook(on_demand)
+
+    def _see(self, parameters: list[nn.Parameter], unused: list[nn.Parameter]) -> None:
+        if self.on_reduction is not None:
+            self.on_reduction()
+        self._used -= {p for p in parameters if p.grad is None}  # what is added up begins anew
+        self._used |= set(parameters) - set(unused)
+
+
+class _OnDemand:
+    """Gathers the parameters of a module that runs outside of the call that gathers them.
+
+    A step may call a layer of a block, and ``generate`` a model inside of the one that is sharded.
+    """
+
+    def __init__(self, modules: list[FSDPModule]) -> None:
+        self._of: dict[nn.Module, FSDPModule] = {}
+        for module in modules:  # outermost first, so that the innermost wins
+            for inner in module.modules():  # type: ignore[attr-defined]
+                if any(is_dp_sharded(p) for p in inner._parameters.values()):
+                    self._of[inner] = module
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        return list(self._of)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if any(is_dp_sharded(p) for p in module._parameters.values()):
+            self._of[module].unshard()
+
+
+def zero_of(model: nn.Module) -> Optional[Zero]:
+    """How data parallel ranks share ``model``, None if each holds all of its shard."""
+    return vars(model).get(_ZERO)
+
+
+def shard_over_dp(model: nn.Module, plan: ShardingPlan, mesh: Mesh, stage: int, group_size: int = 0) -> Zero:
+    """Shard over data parallel ranks what tensor parallelism left of ``model``, in place; every process must call it.
+
+    Replicas start from the values of the first of them. Parameters are replaced: optimizers come after this.
+
+    Args:
+        model: a model that is sharded over tensor parallel ranks, and on its device.
+        plan: how it was.
+        mesh: this process's place.
+        stage: 1, 2 or 3.
+        group_size: data parallel ranks that share parameters, of which the others hold the same (hybrid sharding);
+            0 takes all.
+
+    Raises:
+        ValueError: if a parameter has hooks, which would be lost, or the group size does not divide the replicas.
+    """
+    found = zero_of(model)
+    if found is not None:
+        return found
+    _refuse_hooks(model)
+    start_alike(model, mesh)
+    device_mesh, shard_group = _device_mesh(mesh, group_size, next(model.parameters()).device.type)
+    numbers = [p for p in model.parameters() if not p.ndim]
+    attributes = {name: vars(p).copy() for name, p in model.named_parameters()}
+    options: dict[str, Any] = {"mesh": device_mesh, "ignored_params": set(numbers)}
+    for block in _blocks(model, plan):
+        fully_shard(block, reshard_after_forward=stage == 3, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    assert isinstance(model, FSDPModule)
+    for name, parameter in model.named_parameters():
+        vars(parameter).update({n: value for n, value in attributes[name].items() if n not in vars(parameter)})
+    vars(model)[_CALL] = _call_step
+    register_fsdp_forward_method(model, _CALL)
+    zero = Zero(model, stage, mesh, shard_group, _on_hosts(mesh), numbers)
+    vars(model)[_ZERO] = zero
+    zero.watch()
+    return zero
+
+
+def shard_as_asked(model: nn.Module, plan: ShardingPlan, mesh: Mesh, switches: TPTrainingConfig) -> Optional[Zero]:
+    """:func:`shard_over_dp` as the config says; None without ZeRO, or without replicas.
+
+    Raises:
+        ValueError: see there; and if the model was sharded in another way by an earlier run.
+    """
+    found = zero_of(model)
+    stage = switches.zero_stage if mesh.dp_size > 1 else 0
+    if found is not None and found.stage != stage:
+        raise ValueError(
+            f"zero_stage: this model was sharded for stage {found.stage} by an earlier run, and this one asks for"
+            f" {stage}; build a new model and load its checkpoint."
+        )
+    if switches.zero_stage and not stage:
+        rank_zero_info("lightning_autotp: zero_stage: there is one data parallel rank, so there is nothing to share.")
+    return shard_over_dp(model, plan, mesh, stage, switches.zero_group_size) if stage else None
+
+
+def _call_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return step(*args, **kwargs)
+
+
+@torch.no_grad()
+def start_alike(model: nn.Module, mesh: Mesh) -> None:
+    """Give replicas the parameters and buffers of the first of them, as torch's DDP does."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        held = local_rows(tensor).detach()
+        if held.numel():
+            mine = held if held.is_contiguous() else held.contiguous()
+            mesh.collectives.broadcast(mine, "dp")
+            if mine is not held:
+                held.copy_(mine)
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"zero_stage: {name} has a hook on its gradient, which sharding it over data parallel ranks would lose."
+                " Change the gradient in `on_before_optimizer_step`, or use zero_stage=0."
+            )
+
+
+def _device_mesh(mesh: Mesh, group_size: int, device: str) -> tuple[DeviceMesh, dist.ProcessGroup]:
+    """The data parallel ranks, and those of them that share parameters; every process must call it."""
+    # DTensor remembers what it knows of a mesh under its ranks and names, though its groups may be gone
+    name = f"zero_{next(_numbers)}"
+    if group_size in (0, mesh.dp_size):
+        return DeviceMesh.from_group(mesh.dp_group, device, mesh_dim_names=(name,)), mesh.dp_group
+    if group_size < 0 or mesh.dp_size % group_size:
+        raise ValueError(
+            f"zero_group_size: {group_size} does not divide the {mesh.dp_size} data parallel ranks of this run; give a"
+            " number that does (the ranks of a node, say), or 0 for all."
+        )
+    ranks = torch.tensor(dist.get_process_group_ranks(mesh.dp_group)).view(-1, group_size)
+    everyones = sorted({tuple(map(tuple, of.tolist())) for of in mesh.collectives.gather_objects(ranks, "world")})
+    shards = [list(row) for of in everyones for row in of]
+    replicas = [list(column) for of in everyones for column in zip(*of)]
+    shard_group, _ = dist.new_subgroups_by_enumeration(shards)
+    replica_group, _ = dist.new_subgroups_by_enumeration(replicas)
+    names = (f"{name}_replicas", name)
+    return DeviceMesh.from_group([replica_group, shard_group], device, ranks, mesh_dim_names=names), shard_group
+
+
+def _on_hosts(mesh: Mesh) -> dist.ProcessGroup:
+    """The data parallel ranks, to send what is on the CPU; every process must call it."""
+    if "gloo" in str(dist.get_backend(mesh.dp_group)):
+        return mesh.dp_group
+    ranks = tuple(dist.get_process_group_ranks(mesh.dp_group))
+    everyones = sorted(set(mesh.collectives.gather_objects(ranks, "world")))
+    group, _ = dist.new_subgroups_by_enumeration([list(of) for of in everyones], backend="gloo")
+    assert group is not None
+    return group
+
+
+def _blocks(model: nn.Module, plan: ShardingPlan) -> list[nn.Module]:
+    """The blocks whose parameters are gathered together: those of the outermost lists that share none with others."""
+    around = lists_around(model, [entry.module for entry in plan.parameters.values() if entry.module])
+    blocks = [block for path in around for block in children_of(model, path).values()]
+    blocks = [b for b in dict.fromkeys(blocks) if not isinstance(b, (nn.ModuleList, nn.ModuleDict))]
+    uses: dict[nn.Parameter, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses[parameter] = uses.get(parameter, 0) + 1
+        del name
+    found = []
+    for block in blocks:
+        own: dict[nn.Parameter, int] = {}
+        for _, parameter in block.named_parameters(remove_duplicate=False):
+            own[parameter] = own.get(parameter, 0) + 1
+        if own and all(uses[p] == times for p, times in own.items()):
+            found.append(block)
+    return found
