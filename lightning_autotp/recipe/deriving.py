@@ -33,7 +33,7 @@ def derive_together(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, samp
     """
 
     def find(look: Look) -> tuple[Found, bool]:
-        return kept(model, look, config, "", lambda: _derived(model, look, config, mesh.tp_size))
+        return kept(model, look, config, mesh.tp_size, "", lambda: _derived(model, look, config, mesh.tp_size))
 
     look, found, failed = looked_together(mesh, sample, find)
     if found is None:

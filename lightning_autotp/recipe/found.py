@@ -106,7 +106,7 @@ def looked_together(mesh: Mesh, sample: Sample, find: Callable[[Look], tuple[Fou
 
 
 def kept(
-    model: nn.Module, look: Look, config: TPTrainingConfig, plan: object, find: Callable[[], Found]
+    model: nn.Module, look: Look, config: TPTrainingConfig, tp_size: int, plan: object, find: Callable[[], Found]
 ) -> tuple[Found, bool]:
     """What ``find`` finds, or found in an earlier run of the same; and whether that is so.
 
@@ -116,6 +116,7 @@ def kept(
         model: the unsharded model.
         look: the step.
         config: the config.
+        tp_size: the tensor parallel size, which a config need not say.
         plan: what is planned for the model already.
         find: looks at the step; what is not proved is not kept.
     """
@@ -124,9 +125,7 @@ def kept(
 
     def key() -> str:
         switches = config.model_dump(mode="json", exclude={"tensor_parallel"})
-        return digest_of(
-            model, look.stage, look.call, look.own, _shapes(look.args[0]), config.size, switches, repr(plan)
-        )
+        return digest_of(model, look.stage, look.call, look.own, _shapes(look.args[0]), tp_size, switches, repr(plan))
 
     return cached(Found, key, find, lambda found: found.verdict.kind == "proved")
 

@@ -53,7 +53,7 @@ def improve_together(
     """
 
     def find(look: Look) -> tuple[Found, bool]:
-        return kept(model, look, config, plan, lambda: _improved(model, plan, look, config))
+        return kept(model, look, config, plan.tp_size, plan, lambda: _improved(model, plan, look, config))
 
     look, found, failed = looked_together(mesh, sample, find)
     if found is None:

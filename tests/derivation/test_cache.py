@@ -65,10 +65,10 @@ def squares(model: nn.Module, batch: Tensor) -> Tensor:
     return loss
 
 
-def derived(model: nn.Module, rows: int = 6, **fields: Any) -> tuple[Found, bool]:
-    config = TPTrainingConfig(autotp_size=2, **fields)
+def derived(model: nn.Module, rows: int = 6, tp_size: int = 2, **fields: Any) -> tuple[Found, bool]:
+    config = TPTrainingConfig(**fields)
     look = Look("training", (Rows(rows).rows,), call=squares)
-    return kept(model, look, config, "", lambda: deriving._derived(model, look, config, 2))
+    return kept(model, look, config, tp_size, "", lambda: deriving._derived(model, look, config, tp_size))
 
 
 def test_a_plan_is_found_again(place: Path) -> None:
@@ -99,6 +99,9 @@ def test_other_settings_samples_and_attributes_are_looked_at_anew(place: Path) -
     derived(model)
     assert derived(model)[1]
     assert not derived(model, rows=9)[1]
+    found, old = derived(model, tp_size=4)
+    assert not old
+    assert found.plan.tp_size == 4
     assert not derived(model, loss_parallel=True)[1]
     model.config = {"heads": 2}
     assert not derived(model)[1]
