@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 
@@ -53,6 +53,13 @@ class _Filled:
                     missing.append(held.sharded_param)
             self._look([held.sharded_param for held in group.fsdp_params], missing)
         type(group).post_backward(group, *unused)
+
+
+def reduce_after_backward(root: FSDPModule, loss: Tensor) -> None:
+    """Let the backward pass of ``loss``, which runs inside of ``root``'s forward pass, end with the reduction."""
+    state: Any = root._get_fsdp_state()
+    if loss.requires_grad:
+        loss.register_hook(state._pre_backward)
 
 
 def _groups(module: FSDPModule) -> list[Any]:

@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_autotp.compat.fsdp import before_reduction, fsdp_modules, gathered_parameters
+from lightning_autotp.compat import tree_leaves, tree_map
+from lightning_autotp.compat.fsdp import (
+    before_reduction,
+    fsdp_modules,
+    gathered_parameters,
+    reduce_after_backward,
+)
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.dp_shards import is_dp_sharded, local_rows
 from lightning_autotp.distributed.mesh import Mesh
@@ -66,6 +72,8 @@ class Zero:
         """By parameter, what the forward pass sees of it, whose gradient the backward pass computes."""
         self.on_reduction: Optional[Callable[[], None]] = None
         """Called before gradients are reduced over the data parallel ranks."""
+        self._reduces = True
+        self._names: dict[str, nn.Parameter] = {}
         self._used: set[nn.Parameter] = set()
         self._call: Callable[..., Any] = vars(model)[_CALL]
 
@@ -78,6 +86,25 @@ class Zero:
         """What ``step`` returns, a step of the model past its ``forward``, with its parameters gathered as it runs."""
         self.reshard()  # what was gathered in between may be older than the last optimizer's step
         return self._call(step, *args, **kwargs)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """See to it that gradients are reduced by the backward pass of ``loss`` in a step (manual optimization)."""
+        reduce_after_backward(self.model, loss)
+
+    def require_all_reduced(self) -> None:
+        """Require that no gradient has come past the reduction over the data parallel ranks.
+
+        Raises:
+            RuntimeError: naming the parameters and what to call.
+        """
+        names = [name for name, p in self._names.items() if p.grad is not None] if self._reduces else []
+        if names:
+            raise RuntimeError(
+                f"zero_stage: the gradients of {', '.join(names[:5])} were not reduced over the data parallel ranks:"
+                " they did not come of a backward pass of what the model's `forward` or its step returns. In manual"
+                " optimization call `self.manual_backward(loss)`; with `torch.func`, or gradients put into `.grad` by"
+                " hand, use zero_stage=0."
+            )
 
     def reshard(self) -> None:
         """Free what is gathered: after a forward pass that no backward pass follows."""
@@ -98,10 +125,12 @@ class Zero:
     def without_reduction(self) -> Iterator[None]:
         """Keep whole gradients of the batches in here, to be reduced with the next one's."""
         self.model.set_requires_gradient_sync(False)
+        self._reduces = False
         try:
             yield
         finally:
             self.model.set_requires_gradient_sync(True)
+            self._reduces = True
 
     def sum_over_shards(self, x: Tensor) -> Tensor:
         """Sum ``x``, of the rows that a rank holds, over those that share them."""
@@ -149,7 +178,9 @@ class Zero:
                 self.unsharded |= dict(gathered_parameters(module))
                 module.reshard()
                 before_reduction(module, self._see)
-        on_demand = _OnDemand(self.modules)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}  # type: ignore[attr-defined]
+        self._names = {names[parameter]: own for parameter, own in self.unsharded.items()}
+        on_demand = _OnDemand(self.modules, {own: parameter for parameter, own in self.unsharded.items()})
         for owner in on_demand.owners:
             owner.register_forward_pre_hook(on_demand)
 
@@ -163,10 +194,12 @@ class Zero:
 class _OnDemand:
     """Gathers the parameters of a module that runs outside of the call that gathers them.
 
-    A step may call a layer of a block, and ``generate`` a model inside of the one that is sharded.
+    A step may call a layer of a block, or go on after a backward pass, and ``generate`` runs a model inside of the one
+    that is sharded. What is frozen or thawed in a step, as ``toggle_optimizer`` does, is so for what is gathered, too.
     """
 
-    def __init__(self, modules: list[FSDPModule]) -> None:
+    def __init__(self, modules: list[FSDPModule], sharded: dict[nn.Parameter, nn.Parameter]) -> None:
+        self._sharded = sharded
         self._of: dict[nn.Module, FSDPModule] = {}
         for module in modules:  # outermost first, so that the innermost wins
             for inner in module.modules():  # type: ignore[attr-defined]
@@ -180,6 +213,10 @@ class _OnDemand:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if any(is_dp_sharded(p) for p in module._parameters.values()):
             self._of[module].unshard()
+        for parameter in module._parameters.values():
+            sharded = None if parameter is None else self._sharded.get(parameter)
+            if sharded is not None and sharded.requires_grad != parameter.requires_grad:  # type: ignore[union-attr]
+                parameter.requires_grad_(sharded.requires_grad)  # type: ignore[union-attr]
 
 
 def zero_of(model: nn.Module) -> Optional[Zero]:
@@ -213,6 +250,7 @@ def shard_over_dp(model: nn.Module, plan: ShardingPlan, mesh: Mesh, stage: int, 
     attributes = {name: vars(p).copy() for name, p in model.named_parameters()}
     options: dict[str, Any] = {"mesh": device_mesh, "ignored_params": set(numbers)}
     for block in _blocks(model, plan):
+        block.register_forward_hook(_with_own_memory)  # before FSDP2's own
         fully_shard(block, reshard_after_forward=stage == 3, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     assert isinstance(model, FSDPModule)
@@ -242,6 +280,30 @@ def shard_as_asked(model: nn.Module, plan: ShardingPlan, mesh: Mesh, switches: T
     if switches.zero_stage and not stage:
         rank_zero_info("lightning_autotp: zero_stage: there is one data parallel rank, so there is nothing to share.")
     return shard_over_dp(model, plan, mesh, stage, switches.zero_group_size) if stage else None
+
+
+def _with_own_memory(block: nn.Module, args: Any, output: Any) -> Any:
+    """``output`` of a block, as FSDP2 can see its gradient arrive, before which it gathers the block's parameters.
+
+    It does so by hooks on tensors, which changing a view in place takes off.
+
+    Raises:
+        ValueError: if there are no tensors in it that can be seen.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    leaves = tree_leaves(output)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves) and any(hasattr(leaf, "__dict__") for leaf in leaves):
+        raise ValueError(
+            f"zero_stage: a block ({type(block).__name__}) returns {type(leaves[0]).__name__}, in which its tensors are"
+            " not seen. Return tensors, tuples, lists, dicts or registered dataclasses from it, or use zero_stage=0."
+        )
+    viewed = any(isinstance(leaf, Tensor) and leaf._base is not None and leaf.requires_grad for leaf in leaves)
+    return tree_map(_own, output) if viewed else output
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf._base is not None and leaf.requires_grad else leaf
 
 
 def _call_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,11 +12,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_autotp.config.training_config import TPTrainingConfig
+from lightning_autotp.distributed.dp_shards import all_rows
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.plans.part import part_of
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
+from lightning_autotp.sharding.zero import zero_of
 
 _WRITES = ("write_on_batch_end", "write_on_epoch_end")
 
@@ -59,13 +61,18 @@ def share_copies(
         if isinstance(callback, WeightAveraging) and callback._average_model is None and trainer.state.fn == "fit":
             own: dict[str, Any] = {"device": callback._device or module.device, "use_buffers": callback._use_buffers}
             callback._average_model = AveragedModel(module, **own, **callback._kwargs)
-        if mesh.tp_size == 1:
+        if mesh.tp_size == 1 and zero_of(module) is None:
             continue
         for held in list(_modules_in(vars(callback))):
             for parent, name, copied in list(_inside(held)):
                 path = _original(copied, module, found.plan, mesh)
                 if path is None:
                     continue
+                if zero_of(module) is not None:
+                    raise ValueError(
+                        f"zero_stage: {type(callback).__name__} holds a copy of the model, of whose parameters a rank"
+                        " holds rows: leave it out, or use zero_stage=0."
+                    )
                 if any(p.is_meta for p in copied.parameters()):  # its values are the module's, which are made only now
                     original = module.get_submodule(path)
                     if parent is None:
@@ -108,12 +115,14 @@ def _original(copied: nn.Module, module: LightningModule, plan: ShardingPlan, me
         layouts = {name: plan.layouts[prefix + name] for name, _ in original.named_parameters()}
         if not isinstance(original, type(copied)) or {n: layout.shape for n, layout in layouts.items()} != own:
             continue
-        if original is copied or all(layout.is_replicated for layout in layouts.values()):
+        replicated = zero_of(module) is None and all(layout.is_replicated for layout in layouts.values())
+        if original is copied or replicated:
             return None
         if path:
             parts = dict(original.named_parameters())
+            held = {n: all_rows(parts[n].detach()) for n, _ in copied.named_parameters()}
             same = all(
-                not p.is_meta and torch.equal(layouts[n].shard(p, mesh.tp_rank).to(parts[n]), parts[n])
+                not p.is_meta and torch.equal(layouts[n].shard(p, mesh.tp_rank).to(held[n]), held[n])
                 for n, p in copied.named_parameters()
             )
             if not all(mesh.collectives.gather_objects(same)):

@@ -47,7 +47,7 @@ from lightning_autotp.strategies.validation import (
 from lightning_autotp.training.compile import compile_blocks
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.data_parallel import (
-    explain_ddp_error,
+    explain_error,
     hook_state_over_dp,
     refuse_for_ddp,
     statistics_over_dp,
@@ -246,7 +246,7 @@ class AutoTPStrategy(FeatureStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.lightning_module is not None:
-            explain_ddp_error(exception, self.lightning_module)
+            explain_error(exception, self.lightning_module)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

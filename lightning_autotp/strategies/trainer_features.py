@@ -84,6 +84,12 @@ class FeatureStrategy(CheckpointStrategy):
         """The norm of the unsharded model's weights, the same on every rank; see :meth:`grad_norm`."""
         return self._norms.parameter_norm(of, norm_type)
 
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self.engine.zero is not None and not self._module.automatic_optimization:
+            self.engine.zero.before_backward(closure_loss)
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:

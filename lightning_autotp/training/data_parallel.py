@@ -1,5 +1,6 @@
 """torch's data parallelism beside tensor parallelism: what it cannot do, and what its errors mean."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.sharding.zero import zero_of
+
+_OF_ROWS = re.compile("mixed torch.Tensor and DTensor|data is not allocated yet")
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def replicate(model: nn.Module, mesh: Mesh, device: torch.device, options: Mappi
     return DistributedDataParallel(model, device_ids=devices, process_group=mesh.dp_group, **options)
 
 
-def explain_ddp_error(exception: BaseException, module: nn.Module) -> None:
-    """Add to an error of DDP's what it means here."""
+def explain_error(exception: BaseException, module: nn.Module) -> None:
+    """Add to an error of torch's DDP or FSDP2 what it means here."""
     if "finished reduction in the prior iteration" in str(exception):
         unused = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
         sentence = (
@@ -94,6 +97,11 @@ def explain_ddp_error(exception: BaseException, module: nn.Module) -> None:
         sentence = (
             "find_unused_parameters does not go with reentrant activation checkpointing: use `use_reentrant=False`, or"
             " leave find_unused_parameters out."
+        )
+    elif zero_of(module) is not None and _OF_ROWS.search(str(exception)):
+        sentence = (
+            "With zero_stage a parameter has all its rows only while its own module runs: read it in the `forward` of"
+            " that module, or use zero_stage=0."
         )
     else:
         return

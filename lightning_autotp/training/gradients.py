@@ -92,6 +92,8 @@ class TPGradients:
         """
         waiting: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
         gathered: list[tuple[Any, Tensor]] = []
+        if self.zero is not None:
+            self.zero.require_all_reduced()
         if self.zero is not None and not self._reduced:
             self._reduced = True
             self.zero.average_replicated()

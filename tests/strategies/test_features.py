@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,24 @@ from tests.helpers.features.loops import LOOPS
 from tests.helpers.features.steps import STEPS
 
 FEATURES = {**LOOPS, **STEPS, **AVERAGES}
-LAYOUTS = {"tp2": (2, 2), "tp4": (4, 4), "tp2xdp2": (4, 2)}
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "tp2": (2, 2, {}),
+    "tp4": (4, 4, {}),
+    "tp2xdp2": (4, 2, {}),
+    "tp2xdp2-zero3": (4, 2, {"zero_stage": 3}),
+    "dp2-zero2": (2, 1, {"zero_stage": 2}),
+}
+REFUSED_BY_ZERO = {
+    **dict.fromkeys(["averaging", "ema", "swa", "own-average", "pruning"], "zero_stage: "),
+    "func-grad": "were not reduced over the data parallel ranks",
+    "other-trainers": "was sharded for stage",
+}
+REFUSED_BY_ZERO_ALONE = {
+    **REFUSED_BY_ZERO,
+    "lightning-grad-norm": "With zero_stage a parameter has all its rows only while its own module runs",
+    "batch-size-finder": "not supported with distributed strategies",
+}
+"""What is refused with ZeRO and no tensor parallelism, which has sentences of its own."""
 QUICK = {
     "tp2xdp2": [
         "gan",
@@ -32,6 +50,7 @@ QUICK = {
         "generate",
     ],
     "tp2": list(FEATURES),
+    "tp2xdp2-zero3": ["manual", "gan", "sam", "unused-in-some-steps", "generate", "func-grad", "own-average"],
 }
 """What is tried always."""
 
@@ -50,16 +69,19 @@ def _cases() -> list[Any]:
     ]
 
 
-def _job(names: list[str], tp_size: int, directory: str) -> dict[str, Outcome]:
-    return outcomes({name: FEATURES[name] for name in names}, tp_size, Path(directory))
+def _job(names: list[str], tp_size: int, options: dict[str, Any], directory: str) -> dict[str, Outcome]:
+    features = {n: replace(FEATURES[n], strategy={**FEATURES[n].strategy, **options}) for n in names}
+    return outcomes(features, tp_size, Path(directory))
 
 
 @functools.cache
 def _sharded(layout: str, quick: bool) -> list[dict[str, Outcome]]:
     names = QUICK.get(layout, []) if quick else _others(layout)
-    ranks, tp_size = LAYOUTS[layout]
+    ranks, tp_size, options = LAYOUTS[layout]
     with tempfile.TemporaryDirectory() as directory:
-        found: list[dict[str, Outcome]] = rank_pool.run_ranks(ranks, _job, names, tp_size, directory, timeout=250)
+        found: list[dict[str, Outcome]] = rank_pool.run_ranks(
+            ranks, _job, names, tp_size, options, directory, timeout=250
+        )
     return found
 
 
@@ -69,11 +91,19 @@ def _plain(name: str) -> Outcome:
         return alone_outcome(FEATURES[name], Path(directory))
 
 
+def _refused(layout: str, name: str) -> str:
+    """What the error says where the feature is refused; else empty."""
+    if "zero" not in layout:
+        return FEATURES[name].refused or ("dp" in layout and FEATURES[name].refused_by_replicas) or ""
+    if LAYOUTS[layout][1] == 1:
+        return REFUSED_BY_ZERO_ALONE.get(name, "")
+    return REFUSED_BY_ZERO.get(name, FEATURES[name].refused)
+
+
 @pytest.mark.parametrize("layout,name", _cases())
 def test_a_feature_gives_what_it_gives_in_a_plain_trainer(layout: str, name: str) -> None:
-    feature = FEATURES[name]
     found = [of_rank[name] for of_rank in _sharded(layout, name in QUICK.get(layout, []))]
-    refused = feature.refused or ("dp" in layout and feature.refused_by_replicas)
+    refused = _refused(layout, name)
     if refused:
         assert all(refused in outcome.error for outcome in found), found[0].error or "it was not refused"
         return
