@@ -254,13 +254,13 @@ def shard_over_dp(model: nn.Module, plan: ShardingPlan, mesh: Mesh, stage: int, 
         fully_shard(block, reshard_after_forward=stage == 3, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     assert isinstance(model, FSDPModule)
-    for name, parameter in model.named_parameters():
-        vars(parameter).update({n: value for n, value in attributes[name].items() if n not in vars(parameter)})
     vars(model)[_CALL] = _call_step
     register_fsdp_forward_method(model, _CALL)
     zero = Zero(model, stage, mesh, shard_group, _on_hosts(mesh), numbers)
     vars(model)[_ZERO] = zero
     zero.watch()
+    for name, parameter in model.named_parameters():  # what users have noted on them
+        vars(parameter).update({n: value for n, value in attributes[name].items() if n not in vars(parameter)})
     return zero
 
 

@@ -29,7 +29,7 @@ from lightning_autotp.recipe.engine import Engine, plan_once
 from lightning_autotp.recipe.proving import prover_of
 from lightning_autotp.sharding.shard import shard
 from lightning_autotp.sharding.state import sharded
-from lightning_autotp.sharding.zero import shard_as_asked
+from lightning_autotp.sharding.zero import shard_as_asked, zero_of
 from lightning_autotp.strategies.arguments import takes_fields_of
 from lightning_autotp.strategies.callbacks import share_copies
 from lightning_autotp.strategies.sample import sample_of
@@ -188,7 +188,6 @@ class AutoTPStrategy(FeatureStrategy):
         self.precision_plugin.convert_module(module)
         apply_dtype(module, self.config, str(self.precision_plugin.precision))
         self._engine = self._shard(module.trainer, module, fitting)
-        self.model_to_device()
         share_copies(module.trainer, module, self.mesh, self.config, self.root_device)
         statistics_over_dp(module, self.mesh)
         self._is_sharded = True
@@ -217,6 +216,8 @@ class AutoTPStrategy(FeatureStrategy):
         )
         if self.config.compile:
             compile_blocks(module, planned.plan)
+        if zero_of(module) is None:  # moving its parameters would take off what users have noted on them
+            self.model_to_device()
         shard_as_asked(module, planned.plan, self.mesh, self.config)
         return Engine(module, found, look, self._prover)
 
