@@ -71,6 +71,16 @@ def test_all_switches_beside_zero(factory: Any) -> None:
     check_llama(2, factory, zero_stage=3, **SPEED)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.ranks(4, timeout=240)
+def test_compiled_blocks_beside_zero(tp_size: int, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_default = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: by_default(self, backend="aot_eager"))
+    check_llama(tp_size, zero_stage=stage, compile=True, **(SPEED if tp_size > 1 else {}))
+
+
 @pytest.mark.ranks(4, timeout=120)
 def test_key_heads_that_ranks_share_in_other_rows() -> None:
     """Two replicas of two ranks each that hold the one key head: their gradients are summed of all rows."""
