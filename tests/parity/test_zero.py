@@ -40,21 +40,21 @@ def check_llama(tp_size: int, factory: Any = models.tiny_llama, **strategy: Any)
     return model
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("case", corners_of(CASES, ["llama-untied"]))
 @pytest.mark.ranks(2)
 def test_dp2_is_the_unsharded_run(case: str, stage: int) -> None:
     check(case, 1, zero_stage=stage)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize("case", corners_of(CASES, ["hand-written-tied", "packed-qkv"]))
 @pytest.mark.ranks(4)
 def test_tp2_dp2_is_the_unsharded_run(case: str, stage: int) -> None:
     check(case, 2, zero_stage=stage)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.ranks(4)
 def test_hybrid_shards_are_the_unsharded_run(stage: int) -> None:
     check("hand-written", 1, zero_stage=stage, zero_group_size=2)
@@ -65,7 +65,7 @@ def test_gradients_that_are_accumulated_whole_are_the_unsharded_run() -> None:
     check("hand-written", 1, zero_stage=3, zero_accumulate_unsharded=True)
 
 
-@pytest.mark.parametrize("factory", [models.tiny_llama, checkpointed_llama])
+@pytest.mark.parametrize("factory", [pytest.param(models.tiny_llama, marks=pytest.mark.long), checkpointed_llama])
 @pytest.mark.ranks(4, timeout=120)
 def test_all_switches_beside_zero(factory: Any) -> None:
     check_llama(2, factory, zero_stage=3, **SPEED)

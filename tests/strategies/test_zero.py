@@ -97,7 +97,7 @@ class Viewed(Net):
         return super().forward(x).view(-1, x.shape[-1])
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.ranks(4)
 def test_blocks_that_are_never_called_and_views_that_are_changed_in_place(size: int) -> None:
     model = Regressor(Inside)
@@ -163,7 +163,7 @@ def test_experts_and_adapters_are_the_unsharded_run_at_tp2_dp2(factory: Any, sta
     assert_parity(model, partial(reference_run, factory, batches))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-true", marks=pytest.mark.long), "bf16-mixed"])
 @pytest.mark.ranks(2)
 def test_halves_are_as_near_as_the_unsharded_halves(precision: str) -> None:
     batches = batches_for(128)
