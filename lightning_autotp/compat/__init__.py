@@ -33,6 +33,7 @@ from torch.utils.serialization import config as serialization_config
 from lightning_autotp.compat.transformers import (
     GroupedExpertsFunctions,
     apply_gate,
+    around_attention_of_transformers,
     can_set_experts_implementation,
     convert_checkpoint,
     experts_implementation,
@@ -54,6 +55,7 @@ from lightning_autotp.compat.transformers import (
 )
 
 __all__ = [
+    "around_attention_of_transformers",
     "CPU_FLASH_ATTENTION",
     "CPU_FLASH_ATTENTION_BACKWARD",
     "AnyDropout",

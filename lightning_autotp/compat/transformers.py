@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Optional, Union
 from unittest import mock
 
@@ -76,6 +78,26 @@ def can_set_experts_implementation(hf_model: Any) -> bool:
     """Whether a Hugging Face model has experts whose implementation can be chosen."""
     able: bool = hf_model._can_set_experts_implementation()
     return able
+
+
+def around_attention_of_transformers(around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have Hugging Face models call ``around(function)`` for the attention function that their config names.
+
+    It is asked for in every call of attention, and must give back the function where there is nothing to do. Without
+    transformers, and if it was done before, nothing happens.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    interface: Any = getattr(modeling, "AttentionInterface", None)
+    own = getattr(interface, "get_interface", None)
+    if own is None or hasattr(own, "_autotp_around"):
+        return
+
+    @wraps(own)
+    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(own(self, *args, **kwargs))
+
+    get_interface._autotp_around = around  # type: ignore[attr-defined]
+    interface.get_interface = get_interface
 
 
 def tp_plan_of(module: nn.Module) -> Any:

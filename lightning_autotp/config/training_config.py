@@ -102,6 +102,14 @@ class TPConfig(_Section):
         return self
 
 
+_BESIDE_CONTEXT = {
+    "sequence_parallel": "sequence_parallel splits the tokens in blocks, too, and they do not go together yet",
+    "shard_saved_activations": "what blocks keep is a rank's own tokens already",
+    "compile": "blocks that exchange tokens are not compiled yet",
+}
+"""Switches that do not go with context parallelism, and why."""
+
+
 class TPTrainingConfig(_Section):
     """Tensor parallel training, as DeepSpeed's ``tensor_parallel`` section says it.
 
@@ -133,6 +141,11 @@ class TPTrainingConfig(_Section):
 
     sequence_parallel: Switch = False
     """Between attention and MLP each rank holds its part of the tokens: less memory, the same communication."""
+
+    context_parallel_size: Size = 1
+    """The number of ranks that split the tokens of one batch between the first block and the last, for long sequences
+    (Ulysses): beside ``autotp_size``, the processes are data x context x tensor parallel ranks. They see the same
+    batches. Attention must be transformers' or ``F.scaled_dot_product_attention``, of heads that the ranks divide."""
 
     loss_parallel: LossSwitch = False
     """In training the model's head keeps this rank's part of the logits, and the loss is computed of the parts; see
@@ -195,6 +208,21 @@ class TPTrainingConfig(_Section):
         if isinstance(data, Mapping) and "tp" in data and "tensor_parallel" in data:
             raise ValueError("tp and tensor_parallel are two names of one field; give one of them.")
         return data
+
+    @field_validator("context_parallel_size")
+    @classmethod
+    def _at_least_one(cls, size: int) -> int:
+        if size < 1:
+            raise ValueError(f"context_parallel_size: {size} is not a positive number of ranks; 1 turns it off.")
+        return size
+
+    @model_validator(mode="after")
+    def _with_context_parallel(self) -> "TPTrainingConfig":
+        if self.context_parallel_size > 1:
+            for name, why in _BESIDE_CONTEXT.items():
+                if getattr(self, name):
+                    raise ValueError(f"context_parallel_size: {why}; turn `{name}` off, or leave it at 1.")
+        return self
 
     @field_validator("autotp_size")
     @classmethod

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-Over = Union[Literal["tp", "dp", "world", "host"], tuple[int, ...]]
-"""Which ranks take part: those that share this rank's model (``"tp"``; ``"host"`` for what is on the CPU, which no GPU
-waits for), those that hold the same shards of it (``"dp"``), all of the run (``"world"``), or some of those that share
-this rank's model, by their tensor parallel ranks."""
+Over = Union[Literal["tp", "cp", "dp", "batch", "replicas", "world", "host"], tuple[int, ...]]
+"""Which ranks take part: those that share this rank's model (``"tp"``), those that hold the same shards of it and split
+the tokens of its batch (``"cp"``), or have batches of their own (``"dp"``), both of these (``"replicas"``), all that
+see this rank's batch (``"batch"``, tp x cp; ``"host"`` for what is on the CPU, which no GPU waits for), all of the run
+(``"world"``), or some of those that share this rank's model, by their tensor parallel ranks."""
 
 Operation = Literal["sum", "max"]
 
@@ -31,11 +32,13 @@ class Collectives(ABC):
     Attributes:
         world_rank: this rank's number among all of the run.
         tp_source: the number, among all of the run, of the first rank that shares this rank's model.
+        batch_source: that of the first rank that sees this rank's batch.
         sends_between_gpus: whether ranks may share their GPUs' memory (NCCL), so that fused forms are worth a try.
     """
 
     world_rank: int
     tp_source: int
+    batch_source: int
     sends_between_gpus = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Collectives":

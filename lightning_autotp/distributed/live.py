@@ -22,24 +22,39 @@ class LiveCollectives(Collectives):
     Args:
         tp_group: the processes that share one model, each with its shard of it.
         dp_group: the processes that hold the same shards, each with its own data.
+        cp_group: the processes that hold the same shards and split the tokens of one batch; None without any.
+        batch_group: those that see the same batch, ``tp_group`` without any.
+        replica_group: all that hold the same shards, ``dp_group`` without any.
         timeout: how long a collective may wait in groups that are made later; None for torch's default.
     """
 
-    def __init__(self, tp_group: ProcessGroup, dp_group: ProcessGroup, timeout: Optional[timedelta] = None) -> None:
+    def __init__(
+        self,
+        tp_group: ProcessGroup,
+        dp_group: ProcessGroup,
+        timeout: Optional[timedelta] = None,
+        *,
+        cp_group: Optional[ProcessGroup] = None,
+        batch_group: Optional[ProcessGroup] = None,
+        replica_group: Optional[ProcessGroup] = None,
+    ) -> None:
         self.world_rank, self.tp_source = dist.get_rank(), dist.get_global_rank(tp_group, 0)
         self._tp_group = tp_group
         self._timeout = timeout
         self.sends_between_gpus = "nccl" in str(dist.get_backend(tp_group))
         everyone = tuple(range(tp_group.size()))
         self._groups: dict[Over, Optional[ProcessGroup]] = {"tp": tp_group, everyone: tp_group, "dp": dp_group}
-        self._groups["host"] = self._on_hosts()
+        batch_group = batch_group or tp_group
+        self._groups |= {"cp": cp_group, "batch": batch_group, "replicas": replica_group or dp_group}
+        self.batch_source = dist.get_global_rank(batch_group, 0)
+        self._groups["host"] = self._on_hosts(batch_group)
 
-    def _on_hosts(self) -> ProcessGroup:
-        """A group of those that share the model that sends what is on the CPU; every rank of the run must call it."""
-        if "gloo" in str(dist.get_backend(self._tp_group)):
-            return self._tp_group
+    def _on_hosts(self, own: ProcessGroup) -> ProcessGroup:
+        """A group of those in ``own`` that sends what is on the CPU; every rank of the run must call it."""
+        if "gloo" in str(dist.get_backend(own)):
+            return own
         everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, dist.get_process_group_ranks(self._tp_group))
+        dist.all_gather_object(everyones, dist.get_process_group_ranks(own))
         models = sorted(set(map(tuple, everyones)))
         group, _ = dist.new_subgroups_by_enumeration(
             [list(model) for model in models], timeout=self._timeout, backend="gloo"

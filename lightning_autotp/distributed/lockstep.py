@@ -70,14 +70,14 @@ class _Rank(Generic[T]):
 
 
 class Lockstep(Generic[T]):
-    """Runs the ranks of a ``tp_size`` x ``dp_size`` mesh in turns.
+    """Runs the ranks of a ``tp_size`` x ``cp_size`` x ``dp_size`` mesh in turns.
 
     Dispatch modes, autocast and grad mode are a thread's own: enter them in what is run. The states of random number
     generators are each rank's own, and afterwards what they were before.
     """
 
-    def __init__(self, tp_size: int, dp_size: int = 1) -> None:
-        self.tp_size, self.dp_size = tp_size, dp_size
+    def __init__(self, tp_size: int, dp_size: int = 1, cp_size: int = 1) -> None:
+        self.tp_size, self.cp_size, self.dp_size = tp_size, cp_size, dp_size
         self._ranks: list[_Rank[T]] = []
         self._back = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -91,7 +91,7 @@ class Lockstep(Generic[T]):
             Exception: the error of the first rank that failed, as it is.
         """
         before = collect_random_state(include_cuda=torch.cuda.is_initialized())
-        self._ranks = [_Rank(before) for _ in range(self.tp_size * self.dp_size)]
+        self._ranks = [_Rank(before) for _ in range(self.tp_size * self.cp_size * self.dp_size)]
         self._failed = False
         self._threads = threads = [
             threading.Thread(target=self._serve, args=(number, work), name=f"rank {number}", daemon=True)
@@ -193,27 +193,37 @@ class Lockstep(Generic[T]):
         return answer
 
     def _mesh(self, number: int) -> Mesh:
-        dp_rank, tp_rank = divmod(number, self.tp_size)
-        collectives = LockstepCollectives(self, number, tp_rank, dp_rank)
-        return Mesh(tp_rank, self.tp_size, dp_rank, self.dp_size, collectives)
+        replica, tp_rank = divmod(number, self.tp_size)
+        dp_rank, cp_rank = divmod(replica, self.cp_size)
+        collectives = LockstepCollectives(self, number)
+        return Mesh(tp_rank, self.tp_size, dp_rank, self.dp_size, collectives, cp_rank, self.cp_size)
 
 
 class LockstepCollectives(Collectives):
     """Those of one rank of a :class:`Lockstep`."""
 
-    def __init__(self, lockstep: Lockstep[Any], number: int, tp_rank: int, dp_rank: int) -> None:
+    def __init__(self, lockstep: Lockstep[Any], number: int) -> None:
         self.world_rank = number
         self._lockstep = lockstep
-        self.tp_source = first = dp_rank * lockstep.tp_size
-        tp_size = lockstep.tp_size
-        self._tp = tuple(range(first, first + tp_size))
-        self._dp = tuple(range(tp_rank, tp_size * lockstep.dp_size, tp_size))
-        self._world = tuple(range(tp_size * lockstep.dp_size))
+        tp_size, batch = lockstep.tp_size, lockstep.tp_size * lockstep.cp_size
+        everyone = range(batch * lockstep.dp_size)
+        self._tp = tuple(rank for rank in everyone if rank // tp_size == number // tp_size)
+        of_batch = tuple(rank for rank in everyone if rank // batch == number // batch)
+        self.tp_source, self.batch_source = self._tp[0], of_batch[0]
+        self._named: dict[Over, tuple[int, ...]] = {
+            "tp": self._tp,
+            "cp": tuple(rank for rank in of_batch if rank % tp_size == number % tp_size),
+            "dp": tuple(rank for rank in everyone if rank % batch == number % batch),
+            "batch": of_batch,
+            "host": of_batch,
+            "replicas": tuple(rank for rank in everyone if rank % tp_size == number % tp_size),
+            "world": tuple(everyone),
+        }
 
     def _members(self, over: Over) -> tuple[int, ...]:
         if isinstance(over, tuple):
             return tuple(self._tp[rank] for rank in over)
-        return {"tp": self._tp, "host": self._tp, "dp": self._dp, "world": self._world}[over]
+        return self._named[over]
 
     def _ask(self, kind: str, over: Over, value: Any) -> Any:
         return self._lockstep.ask(self.world_rank, _Call(kind, self._members(over), value, _line()))

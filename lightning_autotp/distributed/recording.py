@@ -33,6 +33,7 @@ class RecordingCollectives(Collectives):
     def __init__(self, inner: Collectives) -> None:
         self.inner = inner
         self.world_rank, self.tp_source = inner.world_rank, inner.tp_source
+        self.batch_source = inner.batch_source
         self.sends_between_gpus = inner.sends_between_gpus
         self.counts: Counter[Collective] = Counter()
 

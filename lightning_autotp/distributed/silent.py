@@ -19,8 +19,10 @@ class SilentCollectives(Collectives):
     """
 
     def __init__(self, tp_size: int, dp_size: int = 1, world_rank: int = 0) -> None:
-        self.world_rank, self.tp_source = world_rank, world_rank - world_rank % tp_size
-        self._sizes = {"tp": tp_size, "host": tp_size, "dp": dp_size, "world": tp_size * dp_size}
+        self.world_rank = world_rank
+        self.tp_source = self.batch_source = world_rank - world_rank % tp_size
+        self._sizes = {"tp": tp_size, "host": tp_size, "batch": tp_size, "cp": 1}
+        self._sizes |= {"dp": dp_size, "replicas": dp_size, "world": tp_size * dp_size}
 
     def size(self, over: Over = "tp") -> int:
         return len(over) if isinstance(over, tuple) else self._sizes[over]

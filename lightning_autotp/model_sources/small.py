@@ -153,6 +153,18 @@ def small_config(source: Union[str, PathLike[str]], *, kv_heads: int = 2) -> Pre
     return cls.from_dict(small, experts_implementation="eager")
 
 
+def small_of(model: Any) -> nn.Module:
+    """A small model of the class and the architecture of a Hugging Face model, with its attention; in fp32."""
+    given = model.config
+    small = type(given).from_dict(_shrunk(given.to_dict(), 2), experts_implementation="eager")
+    small._attn_implementation = given._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: nn.Module = type(model)(small).float()
+    _redraw(made, torch.Generator().manual_seed(0))
+    return made.train()
+
+
 def group_experts(model: Any) -> None:
     """Let experts be computed as transformers does by default, which cannot be in fp64: for what is to be compared."""
     if can_set_experts_implementation(model):

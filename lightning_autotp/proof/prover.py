@@ -16,6 +16,7 @@ from lightning_autotp.diagnostics import Diagnostic
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.proof.claims import NEEDS_SUM
 from lightning_autotp.proof.compared import Proof
+from lightning_autotp.proof.context import few_tokens, prove_context, prove_small, shorter, unknown
 from lightning_autotp.proof.copying import empty_copy, fill, own_copy
 from lightning_autotp.proof.dataflow_proof import prove_flow
 from lightning_autotp.proof.live import Attributes, as_live, attributes, flags
@@ -23,7 +24,7 @@ from lightning_autotp.proof.processes import WithoutProcesses
 from lightning_autotp.proof.repair import proved_or_repaired
 from lightning_autotp.proof.shorten import restricted, shorten
 from lightning_autotp.proof.step import LightningStep, Seen, Step, first_rows, loss_step
-from lightning_autotp.proof.values import prove_values, quiet
+from lightning_autotp.proof.values import NotRunError, prove_values, quiet
 from lightning_autotp.proof.verdict import Verdict, worst
 from lightning_autotp.proof.watched import Decisions
 from lightning_autotp.randomness.sites import Sites
@@ -112,6 +113,43 @@ class Prover:
 
     def prove(self, model: nn.Module, look: Look) -> Proof:
         """Prove the step of the live, sharded ``model``; an error of the proof itself is an unknown verdict."""
+        proof = self._proof(model, look) if self.plan.tp_size > 1 else Proof(Verdict("proved"))
+        splits = self.switches.context_parallel_size > 1 and look.stage == "training"
+        if splits and proof.verdict.kind != "refuted":
+            of_tokens = self._of_tokens(model, look, proof.repairs.plan(self.plan))
+            return replace(proof, verdict=worst([proof.verdict, of_tokens]))
+        return proof
+
+    def _of_tokens(self, model: nn.Module, look: Look, plan: ShardingPlan) -> Verdict:
+        """Whether the step may split its tokens."""
+        if self.kept is None:
+            return unknown(f"{self._reason}.")
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return self._proof_of_tokens(self.kept, model, look, plan)
+        except NotRunError as error:
+            return unknown(str(error))
+        except Exception as error:
+            return unknown(f"the proof failed ({type(error).__name__}: {error}).")
+
+    def _proof_of_tokens(self, kept: Kept, model: nn.Module, look: Look, plan: ShardingPlan) -> Verdict:
+        if kept.values is None:
+            assert kept.meta is not None
+            return prove_small(kept.meta, self.switches)
+        reason = NotRunError("the step is too large to be run on copies.")
+        rows = first_rows(look.args[0], few_rows(max(2, self.plan.tp_size)))
+        for batch in shorter(rows, few_tokens(self.switches.context_parallel_size)):
+            if _work(kept.values, batch) > MOST_WORK:
+                continue
+            step, _ = self._step(model, replace(look, args=(batch, *look.args[1:])))
+            with as_live(model, self._before, kept.values):
+                try:
+                    return prove_context(own_copy(kept.values), kept.plan(plan), self.switches, step)
+                except NotRunError as error:
+                    reason = error
+        raise reason
+
+    def _proof(self, model: nn.Module, look: Look) -> Proof:
         if self.kept is None:
             return Proof(_unknown(self._reason))
         if self.known is not None and self.known[0].kind == look.kind and self._is_as_sharded(model):

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_autotp.compat import tree_map
+from lightning_autotp.compat import tree_leaves, tree_map
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.proof.live import attributes
 from lightning_autotp.proof.stand_in import StandInTrainer
@@ -91,6 +91,25 @@ def loss_of_batch(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         return loss_of(model(**batch))
     return loss_of(model(*batch) if isinstance(batch, (list, tuple)) else model(batch))
+
+
+def loss_of_call(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that stands for an unknown one: of a model's call with ``(args, kwargs)``, what it puts out is weighted.
+
+    Raises:
+        ValueError: if it puts out nothing that has gradients.
+    """
+    args, kwargs = batch
+    output: Any = model(*args, **kwargs)
+    loss: Optional[Tensor] = output.get("loss") if isinstance(output, Mapping) else None
+    if loss is not None:
+        return loss
+    draw = torch.Generator().manual_seed(0)
+    found = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    if not found:
+        raise ValueError("the model's call puts out nothing that has gradients; call `prove` with a step of the loop.")
+    parts = [(x * torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)).sum() for x in found]
+    return torch.stack(parts).sum()
 
 
 @dataclass(frozen=True)

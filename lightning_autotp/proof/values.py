@@ -364,6 +364,15 @@ def _cast_model(model: nn.Module, cast: Callable[[Any], Any]) -> None:
 
 
 @contextmanager
+def computing(model: nn.Module, precision: Precision) -> Iterator[Callable[[Any], Any]]:
+    """Inside, ``model`` is of ``precision``, and what names no dtype as well; gives what casts values of batches."""
+    cast = _double if precision == "fp64" else _single
+    with _computing_in(precision):
+        _cast_model(model, cast)
+        yield cast
+
+
+@contextmanager
 def _computing_in(precision: Precision) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)

@@ -19,6 +19,7 @@ from lightning_autotp.optimizers.accept import accept_optimizers
 from lightning_autotp.optimizers.whole import whole_steps
 from lightning_autotp.planning.blocks import called_around
 from lightning_autotp.proof.prover import Look, Prover
+from lightning_autotp.proof.step import loss_of_call
 from lightning_autotp.randomness.mode import RandomNumbers
 from lightning_autotp.recipe.deriving import derive_together, is_derived
 from lightning_autotp.recipe.facts import (
@@ -39,7 +40,13 @@ from lightning_autotp.training.compile import is_compiled
 from lightning_autotp.training.consistency import FirstLook
 from lightning_autotp.training.gradients import TPGradients, shared_scaler
 from lightning_autotp.training.norms import Norms
-from lightning_autotp.training.random_state import share_random_state, undisturbed, warn_of_draw, warn_of_dropout
+from lightning_autotp.training.random_state import (
+    share_random_state,
+    undisturbed,
+    warn_of_draw,
+    warn_of_dropout,
+    warn_of_dropout_in_blocks,
+)
 from lightning_autotp.training.replicas import ReplicasLook
 
 
@@ -80,7 +87,7 @@ def _planned(model: nn.Module, config: TPTrainingConfig, mesh: Mesh, sample: Sam
 def _refuse_sharded_parts(model: nn.Module) -> None:
     for path, module in model.named_modules():
         found = sharded(module)
-        if found is not None and found.mesh.tp_size > 1:
+        if found is not None and found.mesh.batch_ranks > 1:
             raise ValueError(
                 f"{path} was sharded for a tensor parallel size of {found.mesh.tp_size} by a run of its own, and cannot"
                 " be a part of another model's plan. To call it only (a teacher), keep it out of the modules, as in"
@@ -137,11 +144,15 @@ class Engine:
         with nullcontext() if self.zero is None else self.zero.gathered():
             self.sharded.overlap.measure(autocast)
         share_random_state(self.mesh, device)
-        if self.mesh.tp_size > 1 and self.prover is None:
+        if self.sharded.context is not None:
+            warn_of_dropout_in_blocks(self.model, self.sharded.context.blocks)
+        elif self.mesh.tp_size > 1 and self.prover is None:
             warn_of_dropout(self.model, self.sharded.plan)
 
     def _learn_of_draws(self, prover: Prover) -> None:
         """Let the ranks draw their parts of the unsharded model's random numbers, where it was seen what these are."""
+        if self.sharded.context is not None:  # in blocks each draws for its own tokens, and heads of all of them
+            return
         if is_compiled(self.model):
             if prover.sites:
                 warn_of_dropout(self.model, self.sharded.plan, compiled=True)
@@ -152,13 +163,16 @@ class Engine:
         """Do around the model's own calls what a strategy does around its steps, for a loop that has no such hooks.
 
         That is :meth:`batch` before the first calls in training and in evaluation, with gradients and without, and what
-        :meth:`training_step` does about saved activations.
+        :meth:`training_step` does about saved activations; and where tokens are split, a proof of the first call.
         """
         before, after = self.model.register_forward_pre_hook, self.model.register_forward_hook
         contexts = ExitStack()
 
         def first(model: nn.Module, args: Any, kwargs: Any) -> None:
             self.batch((args, kwargs), (model.training, torch.is_grad_enabled()))
+            trains = model.training and torch.is_grad_enabled()
+            if trains and self.sharded.context is not None and self.prover is not None and not self.prover.trained:
+                self.prove(Look("training", ((args, kwargs),), call=loss_of_call))
 
         def enter(model: nn.Module, *_: Any) -> None:
             assert self.sharded.saved is not None

@@ -89,7 +89,7 @@ def looked_together(mesh: Mesh, sample: Sample, find: Callable[[Look], tuple[Fou
     told: tuple[Optional[Found], bool, str] = (None, False, "")
     try:
         look = sample()
-        if look is not None and mesh.tp_rank == mesh.dp_rank == 0:
+        if look is not None and mesh.tp_rank == mesh.cp_rank == mesh.dp_rank == 0:
             told = (*find(look), "")
     except Exception as error:
         told = (None, False, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")

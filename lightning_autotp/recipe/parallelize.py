@@ -68,7 +68,7 @@ def parallelize(
     switches = TPTrainingConfig.load(config, **fields)
     _require_processes(model)
     require_same(job_facts(switches), SAME_JOB)
-    mesh = _agreeing(mesh, switches) if mesh is not None else build_mesh(switches.size, switches.tensor_parallel)
+    mesh = _agreeing(mesh, switches) if mesh is not None else _made(switches)
     device = torch.device(device) if device is not None else _own_device()
     if "dtype" in switches.model_fields_set:
         model.to(switches.dtype)
@@ -105,7 +105,16 @@ def _require_processes(model: nn.Module) -> None:
         raise ValueError("parallelize: this model is sharded already; use what the first call returned.")
 
 
+def _made(switches: TPTrainingConfig) -> Mesh:
+    return build_mesh(switches.size, switches.tensor_parallel, cp_size=switches.context_parallel_size)
+
+
 def _agreeing(mesh: Mesh, switches: TPTrainingConfig) -> Mesh:
+    if mesh.cp_size != switches.context_parallel_size:
+        raise ValueError(
+            f"mesh: its context parallel size is {mesh.cp_size}, and context_parallel_size is"
+            f" {switches.context_parallel_size}."
+        )
     if mesh.tp_size != switches.size:
         raise ValueError(f"mesh: its tensor parallel size is {mesh.tp_size}, and autotp_size is {switches.size}.")
     return mesh

@@ -27,10 +27,10 @@ class PlanRefutedError(ValueError):
 
 def prover_of(model: nn.Module, planned: Planned, config: TPTrainingConfig, mesh: Mesh) -> Optional[Prover]:
     """A prover of the steps of ``model``, which is still unsharded; None if there is nothing to prove."""
-    if config.proof == "off" or mesh.tp_size == 1:
+    if config.proof == "off" or mesh.batch_ranks == 1:
         return None
-    # one rank of those that share a model proves for all of them
-    prover = Prover(model if mesh.tp_rank == 0 else None, planned.plan, config)
+    # one rank of those that see the same batches proves for all of them
+    prover = Prover(model if mesh.is_first else None, planned.plan, config)
     prover.known, prover.advice = planned.proof, planned.advice
     return prover
 
@@ -39,7 +39,7 @@ def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> 
     """Prove a step, exchange the verdicts, and act on them as the config says; every rank must call it.
 
     The first training step is proved by all ranks of the job, so that none waits for one that has raised; any other by
-    those that share a model.
+    those that see the same batches.
 
     Returns:
         what the plan lacks, and is to be repaired.
@@ -48,8 +48,8 @@ def prove_together(prover: Prover, model: nn.Module, look: Look, mesh: Mesh) -> 
         PlanRefutedError: on all ranks, if the step is refuted, or not proved where ``proof="require"``.
     """
     together = look.stage == "training" and prover.trained == 1
-    proof = prover.prove(model, look) if mesh.tp_rank == 0 else Proof(Verdict("proved"))
-    told = mesh.collectives.gather_objects((proof, structure(look.args[0])), "world" if together else "tp")
+    proof = prover.prove(model, look) if mesh.is_first else Proof(Verdict("proved"))
+    told = mesh.collectives.gather_objects((proof, structure(look.args[0])), "world" if together else "batch")
     _require_one_structure([found for _, found in told], look)
     repairs = next((found.repairs for found, _ in told if found.repairs), Repairs())
     for found, _ in told:

@@ -22,7 +22,7 @@ _PRIME = 0x100000001B3
 def agreed_tensors(model: nn.Module, sources: Mapping[int, Source], mesh: Mesh) -> set[int]:
     """The ids of the parameters and buffers that have the same values on all ranks; every rank must call it."""
     tensors = list(_once(model))
-    if mesh.tp_size * mesh.dp_size == 1 or any(isinstance(tensor, FakeTensor) for tensor in tensors):
+    if mesh.tp_size * mesh.replicas == 1 or any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return {id(tensor) for tensor in tensors}
     marks = [_mark(tensor, sources.get(id(tensor))) for tensor in tensors]
     everyones = mesh.collectives.gather_objects(marks, "world")

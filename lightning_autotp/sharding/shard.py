@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from lightning_autotp.config.training_config import TPTrainingConfig
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.losses.loss_parallel import set_loss_parallel
+from lightning_autotp.parallel.context_parallel import apply_context
 from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.planning.blocks import shared_blocks
+from lightning_autotp.planning.context_parallel import blocks_of, refuse_heads
 from lightning_autotp.plans.plan import ShardingPlan
 from lightning_autotp.sharding.apply import apply_plan
 from lightning_autotp.sharding.pretrained_methods import speak_for_the_full_model
@@ -49,12 +51,22 @@ def shard(
     """
     found = sharded(model)
     if found is None:
+        blocks = blocks_of(model) if mesh.cp_size > 1 else ()
+        if blocks:
+            refuse_heads(model, mesh.tp_size, mesh.cp_size)
         found = apply_plan(model, plan, mesh, device, overlap=switches.tp_overlap_comm)
+        if blocks:
+            found = replace(found, context=apply_context(model, blocks, mesh))
         speak_for_the_full_model(model, found)
     elif (found.mesh.tp_size, found.mesh.tp_rank) != (mesh.tp_size, mesh.tp_rank):
         raise ValueError(
             f"this model was sharded for a tensor parallel size of {found.mesh.tp_size} by an earlier run, and"
             f" autotp_size is now {mesh.tp_size}; build a new model and load its checkpoint."
+        )
+    elif (found.mesh.cp_size, found.mesh.cp_rank) != (mesh.cp_size, mesh.cp_rank):
+        raise ValueError(
+            f"an earlier run has split this model's tokens over {found.mesh.cp_size} ranks, and context_parallel_size"
+            f" is now {mesh.cp_size}; build a new model and load its checkpoint."
         )
     set_loss_parallel(model, found.plan, switches.loss_parallel)
     if found.saved is not None:

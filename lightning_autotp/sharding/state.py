@@ -8,6 +8,7 @@ from torch import nn
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.layout.layout import Layout
 from lightning_autotp.parallel.column_group import ColumnGroup
+from lightning_autotp.parallel.context_parallel import Context
 from lightning_autotp.parallel.overlap import Overlap
 from lightning_autotp.parallel.saved_activations import SavedActivations
 from lightning_autotp.parallel.sequence_parallel import Batch
@@ -27,10 +28,13 @@ class Sharded:
     batch: Batch
     overlap: Overlap
     saved: Optional[SavedActivations] = None
+    context: Optional[Context] = None
 
     def settle(self) -> None:
         """To be called between steps: column linears learn which of them share an input."""
         self.batch.seen.clear()
+        if self.context is not None:
+            self.context.seen.clear()
         for group in self.columns:
             group.settle()
 

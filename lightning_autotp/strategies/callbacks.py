@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any, Optional
 
@@ -81,7 +82,8 @@ def share_copies(
                         setattr(parent, name, deepcopy(original))
                     break
                 where = next(copied.parameters()).device
-                shard(copied, part_of(found.plan, path), mesh, config, device=device, training=False)
+                whole = replace(mesh, cp_rank=0, cp_size=1)  # nobody trains it, and it may be no list of blocks
+                shard(copied, part_of(found.plan, path), whole, config, device=device, training=False)
                 copied.to(where)
                 break  # the outermost one
 
@@ -145,7 +147,7 @@ def write_once(trainer: Trainer, mesh: Mesh) -> Callable[[], None]:
     """
     quiet: list[tuple[Any, str]] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BasePredictionWriter) and mesh.tp_rank:
+        if isinstance(callback, BasePredictionWriter) and not mesh.is_first:
             for name in _WRITES:
                 vars(callback)[name] = _nothing
                 quiet.append((callback, name))

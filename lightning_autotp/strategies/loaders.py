@@ -80,7 +80,7 @@ class _Shared:
             require_same({AT: f"{self.name} begins"}, _FIX, self.mesh)
         mine = collect_random_state(include_cuda=False), [_state(one) for one in _generators(loader)]
         state, own = self.mesh.collectives.broadcast_object(mine, "host")
-        if self.mesh.tp_rank:
+        if not self.mesh.is_first:
             set_random_state(state)
             for generator, saved in zip(_generators(loader), own):
                 _set_state(generator, saved)
@@ -122,7 +122,7 @@ class _Received(Iterator[Any]):
     """The batches of a loader that one rank iterates, which sends them."""
 
     def __init__(self, shared: _Shared, loader: Any, own: Callable[[], Iterator[Any]]) -> None:
-        self.loader, self.loads = loader, shared.mesh.tp_rank == 0
+        self.loader, self.loads = loader, shared.mesh.is_first
         self.batches: Iterator[Any] = iter(())
         self.error: Optional[Exception] = None
         try:

@@ -114,6 +114,7 @@ class AutoTPStrategy(FeatureStrategy):
         zero_stage: Optional[int] = None,
         zero_group_size: Optional[int] = None,
         zero_accumulate_unsharded: Optional[bool] = None,
+        context_parallel_size: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
         ours = inspect.signature(AutoTPStrategy.__init__).parameters
@@ -154,8 +155,9 @@ class AutoTPStrategy(FeatureStrategy):
             self.config = TPTrainingConfig.load(self.config, autotp_size=self.num_processes)
         self._require_one_job()
         if self._mesh is None:
-            self._mesh = build_mesh(self.config.size, self.config.tensor_parallel, self._timeout)
-            self._ddp_kwargs["process_group"] = self._mesh.dp_group
+            cp_size = self.config.context_parallel_size
+            self._mesh = build_mesh(self.config.size, self.config.tensor_parallel, self._timeout, cp_size=cp_size)
+            self._ddp_kwargs["process_group"] = self._mesh.replica_group
             if self._ddp_comm_hook is not None:
                 self._ddp_comm_state = hook_state_over_dp(self._ddp_comm_state, self._mesh)
 
@@ -232,7 +234,7 @@ class AutoTPStrategy(FeatureStrategy):
             summarize_the_full_model(trainer, module, engine.sharded.plan)
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         engine.begin_training(self.root_device, halves.get(str(self.precision_plugin.precision)))
-        if self.dp_size > 1 and engine.zero is None:
+        if self.mesh.replicas > 1 and engine.zero is None:
             refuse_for_ddp(module, self._ddp_kwargs, accumulates=trainer.accumulate_grad_batches > 1)
             self.configure_ddp()
         self._reset_optimizers_and_schedulers()

@@ -28,14 +28,14 @@ class DataStrategy(MeshStrategy):
         module: Optional[LightningModule] = self.lightning_module
         require_one_job(self.config, module)
         trainer = None if module is None else module._trainer
-        if trainer is not None and self.world_size == self.config.size:
+        if trainer is not None and self.world_size == self.config.size * self.config.context_parallel_size:
             # one replica sees all data: in the order of the loader's own sampler, as in the unsharded run
             trainer._accelerator_connector.use_distributed_sampler = False
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
         dataloader = super().process_dataloader(dataloader)
-        if self.tp_size == 1:
+        if self.mesh.batch_ranks == 1:
             return dataloader
         stage: Any = self._module.trainer.state.stage
         dataloader = shared_loader(dataloader, self.mesh, self.config, f"the {stage.dataloader_prefix} dataloader")

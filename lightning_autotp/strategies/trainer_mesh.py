@@ -49,6 +49,16 @@ class MeshStrategy(DDPStrategy):
         return self.mesh.dp_rank
 
     @property
+    def cp_size(self) -> int:
+        """The context parallel size."""
+        return self.mesh.cp_size
+
+    @property
+    def cp_rank(self) -> int:
+        """This process's rank among those that split the tokens of its batches."""
+        return self.mesh.cp_rank
+
+    @property
     @override
     def is_distributed(self) -> bool:
         return True

@@ -129,7 +129,7 @@ class Sender:
             return None if state == 1 else (made, None)
         found = _unpacked(payload, self._received)
         if state == 2:
-            raise RuntimeError(f"{place}: rank {self.mesh.tp_source}, which loads, failed: {found}")
+            raise RuntimeError(f"{place}: rank {self.mesh.collectives.batch_source}, which loads, failed: {found}")
         drawn = found if state == 1 else found[2]
         if drawn is not None:
             set_random_state(drawn)

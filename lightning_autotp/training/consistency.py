@@ -76,7 +76,7 @@ class FirstLook:
 
     def __init__(self, mesh: Mesh, enabled: bool, every: int = 0) -> None:
         self.mesh, self.every = mesh, every
-        self.enabled = enabled and mesh.tp_size > 1
+        self.enabled = enabled and mesh.batch_ranks > 1
         self.each = EveryStep(mesh, self.enabled)
         self._seen: set[object] = set()
         self._loss: dict[str, Digest] = {}
@@ -86,7 +86,7 @@ class FirstLook:
     def batch(self, batch: Any, loader: object) -> None:
         """Compare the first batch of each ``loader``, bit for bit."""
         if self._first(("batch", loader)):
-            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA, over="tp")
+            require_agreement(digests(batch, "batch", exact=True), self.mesh, _SAME_DATA, over="batch")
 
     def shared(self, name: str, tensor: Tensor) -> None:
         """Compare what each rank is to keep a part of, bit for bit, once for each ``name``; though others are off."""
@@ -210,7 +210,7 @@ def require_alike(checkpoint: Mapping[str, Any], layouts: Iterable[Layout], mesh
 
 
 def require_agreement(values: Mapping[str, Digest], mesh: Mesh, fix: str, over: Over = "world") -> None:
-    """Compare ``values`` among ranks that share a model; every rank of ``over`` must call it.
+    """Compare ``values`` among ranks that share a model, or with ``"batch"`` see one; all of ``over`` must call it.
 
     Raises:
         DisagreementError: on all ranks of ``over`` alike, with the names of what differs and ``fix``.
@@ -222,11 +222,11 @@ def require_agreement(values: Mapping[str, Digest], mesh: Mesh, fix: str, over: 
 
 def disagreements(values: Mapping[str, Digest], mesh: Mesh, over: Over = "world") -> list[str]:
     """What of ``values`` differs among any ranks of ``over`` that share a model, alike on all of them."""
-    mine = mesh.collectives.world_rank, mesh.tp_source, mesh.tp_rank, dict(values)
-    everyones = mesh.collectives.gather_objects(mine, over)
-    reference = {source: theirs for _, source, tp_rank, theirs in everyones if tp_rank == 0}
+    source = mesh.collectives.batch_source if over == "batch" else mesh.tp_source
+    everyones = mesh.collectives.gather_objects((mesh.collectives.world_rank, source, dict(values)), over)
+    reference = {source: theirs for rank, source, theirs in everyones if rank == source}
     wrong: dict[str, str] = {}
-    for rank, source, _, theirs in everyones:
+    for rank, source, theirs in everyones:
         wanted = reference[source]
         for name in [*wanted, *(n for n in theirs if n not in wanted)]:
             difference = _difference(wanted.get(name), theirs.get(name))

@@ -43,9 +43,9 @@ def statistics_over_dp(model: nn.Module, mesh: Mesh) -> None:
 def hook_state_over_dp(state: Any, mesh: Mesh) -> Any:
     """The state of a DDP communication hook, with a group: the hook would average different parts of the model else."""
     if state is None:
-        return mesh.dp_group
+        return mesh.replica_group
     if getattr(state, "process_group", mesh) is None:
-        state.process_group = mesh.dp_group
+        state.process_group = mesh.replica_group
     return state
 
 
@@ -78,11 +78,11 @@ def replicate(model: nn.Module, mesh: Mesh, device: torch.device, options: Mappi
     Raises:
         ValueError: if torch's DDP cannot train it.
     """
-    if mesh.dp_size == 1 or zero_of(model) is not None:
+    if mesh.replicas == 1 or zero_of(model) is not None:
         return model
     refuse_for_ddp(model, options)
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, process_group=mesh.dp_group, **options)
+    return DistributedDataParallel(model, device_ids=devices, process_group=mesh.replica_group, **options)
 
 
 def explain_error(exception: BaseException, module: nn.Module) -> None:

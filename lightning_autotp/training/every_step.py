@@ -149,20 +149,20 @@ class _Sent:
         norms: tuple[tuple[str, ...], Optional[Tensor]],
     ) -> None:
         self.batch, self.place, self.before, self.norms = batch, place, before, norms
-        self._ranks, self._wait, self._event = mesh.tp_size, None, None
+        self._ranks, self._wait, self._event = mesh.batch_ranks, None, None
         self._vector = vector
         if vector.is_cuda:
             stream = _side_stream(vector.device)
             stream.wait_stream(torch.cuda.current_stream(vector.device))
             with torch.cuda.stream(stream):
-                gathered = mesh.collectives.start_all_gather(vector, "tp")()
+                gathered = mesh.collectives.start_all_gather(vector, "batch")()
                 self._host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
                 self._host.copy_(gathered, non_blocking=True)
                 vector.record_stream(stream)
                 self._event = torch.cuda.Event()
                 self._event.record(stream)
         else:
-            self._wait = mesh.collectives.start_all_gather(vector, "tp")
+            self._wait = mesh.collectives.start_all_gather(vector, "batch")
 
     def everyones(self) -> list[list[int]]:
         """What each rank sent; waits for it."""

@@ -1,6 +1,6 @@
 """Randomness of ranks that share a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,10 +25,10 @@ def undisturbed() -> Iterator[None]:
 
 
 def share_random_state(mesh: Mesh, device: torch.device) -> None:
-    """Ranks that share a model draw the same numbers from here on: dropout in whole layers must be alike."""
+    """Ranks that see the same batches draw the same numbers from here on: dropout in whole layers must be alike."""
     cuda = device.type == "cuda"
     mine = collect_random_state(include_cuda=False), torch.cuda.get_rng_state(device) if cuda else None
-    shared, shared_cuda = mesh.collectives.broadcast_object(mine)
+    shared, shared_cuda = mesh.collectives.broadcast_object(mine, "batch")
     set_random_state(shared)
     if cuda:
         torch.cuda.set_rng_state(shared_cuda, device)
@@ -46,6 +46,17 @@ def warn_of_dropout(model: nn.Module, plan: ShardingPlan, *, compiled: bool = Fa
         rank_zero_warn(
             f"dropout is active inside cut layers ({active[0]}{others}), and {why}: the ranks draw one random stream,"
             f" so what they drop is correlated and differs from the unsharded model's. {fix}"
+        )
+
+
+def warn_of_dropout_in_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Warn of active dropout in blocks whose tokens are split over context parallel ranks."""
+    inside = (name for path in blocks for name, _ in model.get_submodule(path).named_modules(prefix=path))
+    active = next((name for name in inside if _drops(model.get_submodule(name))), None)
+    if active is not None:
+        rank_zero_warn(
+            f"dropout is active in blocks ({active}), where context parallel ranks draw random numbers of their own,"
+            " and not those of the unsharded model; tensor parallel ranks drop alike. Set it to 0 for exact numbers."
         )
 
 

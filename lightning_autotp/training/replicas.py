@@ -23,7 +23,7 @@ class ReplicasLook:
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, enabled: bool) -> None:
-        self.mesh, self.enabled = mesh, enabled and mesh.dp_size > 1
+        self.mesh, self.enabled = mesh, enabled and mesh.replicas > 1
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._steps: dict[int, int] = {}
 
@@ -48,8 +48,11 @@ class ReplicasLook:
             names = [name.removeprefix("['").removesuffix("']") for name in dict.fromkeys(wrong)]
             raise DisagreementError(
                 f"the gradients of {', '.join(names[:5])} were not averaged over the replicas (data parallel size"
-                f" {self.mesh.dp_size}). {self._reason()}"
+                f" {self.mesh.dp_size}{self._context()}). {self._reason()}"
             )
+
+    def _context(self) -> str:
+        return f", context parallel size {self.mesh.cp_size}" if self.mesh.cp_size > 1 else ""
 
     def _reason(self) -> str:
         unused = [name for parameter, name in self._names.items() if parameter.requires_grad and parameter.grad is None]

@@ -391,6 +391,7 @@ def test_names_and_order_of_arguments_stay() -> None:
             "zero_stage",
             "zero_group_size",
             "zero_accumulate_unsharded",
+            "context_parallel_size",
             "kwargs",
         ),
     ]

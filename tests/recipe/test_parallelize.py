@@ -115,6 +115,25 @@ def test_the_loop_is_the_unsharded_run_at_tp2_dp2_and_after_resuming_at_other_si
         assert_same(resumed, record, want, first=STEPS)
 
 
+@pytest.mark.ranks(4, timeout=120)
+def test_the_loop_is_the_unsharded_run_at_tp2_cp2() -> None:
+    """Ranks that split the tokens of a batch see the same data; the loop's first call is proved."""
+    run, optimizer, record = start(2, context_parallel_size=2, proof="require")
+    assert (run.sampler_kwargs["num_replicas"], run.mesh.cp_size) == (1, 2)
+    train(run, optimizer, record, rows(2))
+    assert run.engine.prover is not None and run.engine.prover.trained == 1
+    assert_same(run, record, unsharded(2))
+
+
+@pytest.mark.ranks(4)
+def test_a_context_parallel_size_that_does_not_fit_is_refused_on_all_ranks() -> None:
+    with pytest.raises(ValueError, match=r"context_parallel_size: 4 ranks x autotp_size 2 do not .* use one of 1, 2"):
+        start(2, context_parallel_size=4)
+    first, _, _ = start(2, context_parallel_size=2)
+    with pytest.raises(ValueError, match=r"^mesh: its context parallel size is 2, and context_parallel_size is 1"):
+        start(2, mesh=first.mesh)
+
+
 SWITCHES: dict[str, dict[str, Any]] = {
     "none": {},
     "sequence": {"sequence_parallel": True},
