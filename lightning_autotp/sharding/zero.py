@@ -164,10 +164,10 @@ class Zero:
         there = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = torch.cat([torch.stack([g.reshape(()).to(torch.float64) for g in grads]), there.to(torch.float64)])
-        dist.all_reduce(flat, group=self.mesh.dp_group)
+        dist.all_reduce(flat, group=self.mesh.replica_group)
         for p, total, ranks in zip(trained, *flat.split(len(trained))):
             if ranks:
-                p.grad = (total / self.mesh.dp_size).to(p.dtype).reshape(p.shape)
+                p.grad = (total / self.mesh.replicas).to(p.dtype).reshape(p.shape)
 
     def watch(self) -> None:
         """Gather everything once, so that what the forward pass sees is known, and see to unused parameters."""
@@ -271,7 +271,7 @@ def shard_as_asked(model: nn.Module, plan: ShardingPlan, mesh: Mesh, switches: T
         ValueError: see there; and if the model was sharded in another way by an earlier run.
     """
     found = zero_of(model)
-    stage = switches.zero_stage if mesh.dp_size > 1 else 0
+    stage = switches.zero_stage if mesh.replicas > 1 else 0
     if found is not None and found.stage != stage:
         raise ValueError(
             f"zero_stage: this model was sharded for stage {found.stage} by an earlier run, and this one asks for"
@@ -317,7 +317,7 @@ def start_alike(model: nn.Module, mesh: Mesh) -> None:
         held = local_rows(tensor).detach()
         if held.numel():
             mine = held if held.is_contiguous() else held.contiguous()
-            mesh.collectives.broadcast(mine, "dp")
+            mesh.collectives.broadcast(mine, "replicas")
             if mine is not held:
                 held.copy_(mine)
 
@@ -335,14 +335,14 @@ def _device_mesh(mesh: Mesh, group_size: int, device: str) -> tuple[DeviceMesh, 
     """The data parallel ranks, and those of them that share parameters; every process must call it."""
     # DTensor remembers what it knows of a mesh under its ranks and names, though its groups may be gone
     name = f"zero_{next(_numbers)}"
-    if group_size in (0, mesh.dp_size):
-        return DeviceMesh.from_group(mesh.dp_group, device, mesh_dim_names=(name,)), mesh.dp_group
-    if group_size < 0 or mesh.dp_size % group_size:
+    if group_size in (0, mesh.replicas):
+        return DeviceMesh.from_group(mesh.replica_group, device, mesh_dim_names=(name,)), mesh.replica_group
+    if group_size < 0 or mesh.replicas % group_size:
         raise ValueError(
-            f"zero_group_size: {group_size} does not divide the {mesh.dp_size} data parallel ranks of this run; give a"
+            f"zero_group_size: {group_size} does not divide the {mesh.replicas} data parallel ranks of this run; give a"
             " number that does (the ranks of a node, say), or 0 for all."
         )
-    ranks = torch.tensor(dist.get_process_group_ranks(mesh.dp_group)).view(-1, group_size)
+    ranks = torch.tensor(dist.get_process_group_ranks(mesh.replica_group)).view(-1, group_size)
     everyones = sorted({tuple(map(tuple, of.tolist())) for of in mesh.collectives.gather_objects(ranks, "world")})
     shards = [list(row) for of in everyones for row in of]
     replicas = [list(column) for of in everyones for column in zip(*of)]
@@ -354,9 +354,9 @@ def _device_mesh(mesh: Mesh, group_size: int, device: str) -> tuple[DeviceMesh, 
 
 def _on_hosts(mesh: Mesh) -> dist.ProcessGroup:
     """The data parallel ranks, to send what is on the CPU; every process must call it."""
-    if "gloo" in str(dist.get_backend(mesh.dp_group)):
-        return mesh.dp_group
-    ranks = tuple(dist.get_process_group_ranks(mesh.dp_group))
+    if "gloo" in str(dist.get_backend(mesh.replica_group)):
+        return mesh.replica_group
+    ranks = tuple(dist.get_process_group_ranks(mesh.replica_group))
     everyones = sorted(set(mesh.collectives.gather_objects(ranks, "world")))
     group, _ = dist.new_subgroups_by_enumeration([list(of) for of in everyones], backend="gloo")
     assert group is not None

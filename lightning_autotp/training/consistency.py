@@ -129,7 +129,7 @@ class FirstLook:
         require_agreement(values, self.mesh, _SAME_NUMBERS)
         told = {name for name, of_one in found.items() if any(digest.says_something for digest in of_one.values())}
         if gradients.zero is not None:  # data parallel ranks hold other rows, and must go on comparing alike
-            told = set().union(*self.mesh.collectives.gather_objects(told, "dp"))
+            told = set().union(*self.mesh.collectives.gather_objects(told, "replicas"))
         due -= told
 
     def weights(self, whole: Callable[[], Mapping[str, Tensor]], optimizer: object) -> None:

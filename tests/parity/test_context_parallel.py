@@ -56,10 +56,10 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def check(case: str, tp_size: int, cp_size: int) -> None:
+def check(case: str, tp_size: int, cp_size: int, **switches: Any) -> None:
     factory, options, rules = CASES[case]
     batches = batches_for(options.get("vocab", 66 if "name" in options else 128))
-    strategy = AutoTPStrategy(autotp_size=tp_size, context_parallel_size=cp_size, proof="require", **rules)
+    strategy = AutoTPStrategy(autotp_size=tp_size, context_parallel_size=cp_size, proof="require", **rules, **switches)
     model = sharded_run(strategy, factory, batches, **options)
     assert (strategy.tp_size, strategy.cp_size) == (tp_size, cp_size)
     found = sharded(model)
@@ -78,6 +78,14 @@ def test_tp2_cp2_is_the_unsharded_run(case: str) -> None:
 @pytest.mark.ranks(4, timeout=240)
 def test_cp4_is_the_unsharded_run(case: str) -> None:
     check(case, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stage"), [((2, 2), 3), pytest.param((1, 2), 2, marks=pytest.mark.long)], ids=["tp2-cp2", "cp2-dp2"]
+)
+@pytest.mark.ranks(4, timeout=240)
+def test_zero_shares_states_over_context_parallel_ranks_too(sizes: tuple[int, int], stage: int) -> None:
+    check("llama", *sizes, zero_stage=stage)
 
 
 @pytest.mark.long
