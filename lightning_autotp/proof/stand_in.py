@@ -102,8 +102,8 @@ class StandInTrainer:
         ] or [StandInOptimizer(optimizer, optimizer.param_groups, stepped) for optimizer in _configured(module)]
         self._real, self._decisions, self._runs_backward = real, decisions, backward
         ours = getattr(real, "strategy", None)
-        sizes = {name: getattr(ours, name, 1) for name in ("world_size", "dp_size", "tp_size")}
-        ranks = {name: getattr(ours, name, 0) for name in ("global_rank", "dp_rank", "tp_rank")}
+        sizes = {name: getattr(ours, name, 1) for name in ("world_size", "dp_size", "cp_size", "tp_size")}
+        ranks = {name: getattr(ours, name, 0) for name in ("global_rank", "dp_rank", "cp_rank", "tp_rank")}
         self.losses: list[Tensor] = []
         self.optimizers = optimizers
         self.lr_scheduler_configs = [SimpleNamespace(scheduler=Quiet()) for _ in optimizers]

@@ -145,6 +145,8 @@ class Engine:
             self.sharded.overlap.measure(autocast)
         share_random_state(self.mesh, device)
         if self.sharded.context is not None:
+            if is_compiled(self.model):
+                raise ValueError("context_parallel_size: modules that exchange tokens are not compiled; compile none.")
             warn_of_dropout_in_blocks(self.model, self.sharded.context.blocks)
         elif self.mesh.tp_size > 1 and self.prover is None:
             warn_of_dropout(self.model, self.sharded.plan)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_autotp.config.training_config import TPTrainingConfig
@@ -76,6 +77,8 @@ def verify(
     """
     given = {} if sequence_parallel is None else {"sequence_parallel": sequence_parallel}
     loaded = TPTrainingConfig.load(config, **given)
+    if loaded.context_parallel_size > 1:
+        rank_zero_warn("context_parallel_size: tensor parallelism alone is verified here.")
     case = Case(str(model), tp_size, loaded, steps, kv_heads)
     started = time.monotonic()
 

@@ -272,7 +272,7 @@ def test_activations_shrink() -> None:
 @pytest.mark.parametrize("switch", ["sequence_parallel", "shard_saved_activations", "compile"])
 def test_switches_that_do_not_go_together_are_refused(switch: str) -> None:
     with pytest.raises(ValueError, match=f"context_parallel_size: .* turn `{switch}` off"):
-        TPTrainingConfig(context_parallel_size=2, **{switch: True})
+        TPTrainingConfig.load({"context_parallel_size": 2, switch: True})
     with pytest.raises(ValueError, match="context_parallel_size: 0 is not a positive number"):
         TPTrainingConfig(context_parallel_size=0)
 

@@ -103,7 +103,7 @@ def test_a_run_validates_generates_and_saves_what_an_unsharded_one_reads(tmp_pat
     model = sharded_run(strategy, models.tiny_llama, batches, trainer={"enable_checkpointing": True}, **options)
     path = str(tmp_path / "here.ckpt")
     model.trainer.save_checkpoint(path)
-    want = models.LanguageModel(models.tiny_llama, **options)
+    want: Any = models.LanguageModel(models.tiny_llama, **options)
     quiet_trainer(strategy=AutoTPStrategy(autotp_size=1, context_parallel_size=4), max_steps=10).fit(
         resumed := type(model)(batches, models.tiny_llama, **options), ckpt_path=path
     )
@@ -118,7 +118,8 @@ def test_a_run_validates_generates_and_saves_what_an_unsharded_one_reads(tmp_pat
     chosen: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     wanted = want.model.generate(prompts, **chosen)
     for trained in (model, resumed):
-        assert torch.equal(trained.eval().model.generate(prompts, **chosen), wanted)
+        inner: Any = trained.eval().model
+        assert torch.equal(inner.generate(prompts, **chosen), wanted)
 
 
 def dropping(**options: Any) -> nn.Module:
