@@ -32,6 +32,9 @@ from lightning_autotp.randomness.sites import Sites
 LARGEST = 32_000_000
 """Parameters that a model may have to be proved by values, which takes 8 bytes for each of them, twice."""
 
+LARGEST_SPLIT = 100_000_000
+"""Those of a model, with fewer blocks, that is run where ranks split its tokens, and that no config describes."""
+
 MOST_WORK = 6e10
 """Parameters times tokens up to which a step is proved by values: some seconds on one core."""
 
@@ -94,7 +97,8 @@ class Prover:
         self.advice = ""
         """What an error is to say besides."""
         try:
-            self.kept = None if model is None else keep(model, plan)
+            splits = switches.context_parallel_size > 1
+            self.kept = None if model is None else keep(model, plan, LARGEST_SPLIT if splits else LARGEST)
         except Exception as error:  # a proof that cannot be made must not stop a run
             self._reason = f"the model cannot be copied ({type(error).__name__}: {error})"
 
@@ -133,18 +137,24 @@ class Prover:
             return unknown(f"the proof failed ({type(error).__name__}: {error}).")
 
     def _proof_of_tokens(self, kept: Kept, model: nn.Module, look: Look, plan: ShardingPlan) -> Verdict:
+        made, tokens = kept.values or kept.split, few_tokens(self.switches.context_parallel_size)
         if kept.values is None:
             assert kept.meta is not None
-            return prove_small(kept.meta, self.switches)
+            try:
+                return prove_small(kept.meta, self.switches)
+            except NotRunError:
+                if made is None:
+                    raise
+        assert made is not None
         reason = NotRunError("the step is too large to be run on copies.")
         rows = first_rows(look.args[0], few_rows(max(2, self.plan.tp_size)))
-        for batch in shorter(rows, few_tokens(self.switches.context_parallel_size)):
-            if _work(kept.values, batch) > MOST_WORK:
+        for batch in shorter(rows, tokens):
+            if _work(made, batch) > MOST_WORK:
                 continue
             step, _ = self._step(model, replace(look, args=(batch, *look.args[1:])))
-            with as_live(model, self._before, kept.values):
+            with as_live(model, self._before, made):
                 try:
-                    return prove_context(own_copy(kept.values), kept.plan(plan), self.switches, step)
+                    return prove_context(own_copy(made), restricted(plan, made), self.switches, step)
                 except NotRunError as error:
                     reason = error
         raise reason
@@ -265,18 +275,20 @@ class Kept:
         values: a copy with values, maybe with fewer blocks; None of a model that is too large even so.
         meta: a copy on the meta device; None where ``values`` has all blocks.
         paths: those of all modules.
+        split: a copy with values and fewer blocks that is too large for ``values``, to prove that tokens may be split.
     """
 
     values: Optional[nn.Module]
     meta: Optional[nn.Module]
     paths: tuple[str, ...]
+    split: Optional[nn.Module] = None
 
     def plan(self, plan: ShardingPlan) -> ShardingPlan:
         """The plan of what is left in ``values``."""
         return plan if self.values is None or self.meta is None else restricted(plan, self.values)
 
 
-def keep(model: nn.Module, plan: ShardingPlan) -> Kept:
+def keep(model: nn.Module, plan: ShardingPlan, largest_split: int = LARGEST) -> Kept:
     """Copy what is needed of ``model`` to prove its steps once it is sharded."""
     made, paths = empty_copy(model), tuple(path for path, _ in model.named_modules())
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # values come when it is sharded
@@ -284,8 +296,12 @@ def keep(model: nn.Module, plan: ShardingPlan) -> Kept:
     meta = None
     if _size(made) > LARGEST:
         meta = empty_copy(model).to("meta")
-        if not shorten(made, plan) or _size(made) > LARGEST:
+        shortened = bool(shorten(made, plan))
+        if not shortened and largest_split == LARGEST or _size(made) > largest_split:
             return Kept(None, meta, paths)
+        if _size(made) > LARGEST or not shortened:
+            fill(made, model)
+            return Kept(None, meta, paths, made.to("cpu"))
     fill(made, model)
     return Kept(made.to("cpu"), meta, paths)  # a LightningModule remembers where it was
 

@@ -121,6 +121,15 @@ def test_a_large_hugging_face_model_is_judged_by_a_small_one(tp_size: int) -> No
     assert verdict.kind == "proved", verdict
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["", "convolution"])
+def test_a_large_model_of_ones_own_is_run_with_fewer_blocks(way: str) -> None:
+    model = Net(way)
+    model.embed, model.head = nn.Embedding(600_000, SIZE), nn.Linear(SIZE, 600_000)
+    verdict = proved(model, rows(), tp_size=1)
+    assert verdict.kind == ("refuted" if way else "proved"), verdict
+
+
 def test_a_large_model_whose_blocks_hold_more_is_not_judged_by_its_config() -> None:
     model = large()
     model.model.layers[3].mlp.shift = nn.Conv1d(8, 8, 3)
