@@ -34,19 +34,23 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(blocks)
 
 
-def refuse_heads(model: nn.Module, tp_size: int, cp_size: int) -> None:
-    """Refuse heads that do not divide, as far as configs speak of them, before the first step does.
+def refuse_heads(model: nn.Module, block: str, tp_size: int, cp_size: int) -> None:
+    """Refuse heads that do not divide, as far as a config around ``block`` speaks of them, before the first step does.
 
     Raises:
         ValueError: with the sizes that work.
     """
-    for path, module in model.named_modules():
-        heads = Heads.from_config(getattr(module, "config", None)) if hasattr(module, "config") else None
-        if heads is not None and heads.q % heads.kv == 0 and tp_size <= heads.q:
-            counts = {count for _, count in share_heads(heads.q, heads.kv, tp_size)[0]}
-            if any(count % cp_size for count in counts):
-                raise ValueError(uneven(f"{path or type(module).__name__} has {heads.q} query heads", counts, cp_size))
-            return  # modules inside have the same config, or that of another part
+    path = block
+    while path:  # the innermost config is that of the blocks
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        heads = Heads.from_config(getattr(module, "config", None))
+        if heads is None or heads.q % heads.kv or tp_size > heads.q:
+            continue
+        counts = {count for _, count in share_heads(heads.q, heads.kv, tp_size)[0]}
+        if any(count % cp_size for count in counts):
+            raise ValueError(uneven(f"{path or type(module).__name__} has {heads.q} query heads", counts, cp_size))
+        return
 
 
 def uneven(what: str, counts: Iterable[int], cp_size: int) -> str:

@@ -53,7 +53,7 @@ def shard(
     if found is None:
         blocks = blocks_of(model) if mesh.cp_size > 1 else ()
         if blocks:
-            refuse_heads(model, mesh.tp_size, mesh.cp_size)
+            refuse_heads(model, blocks[0], mesh.tp_size, mesh.cp_size)
         found = apply_plan(model, plan, mesh, device, overlap=switches.tp_overlap_comm)
         if blocks:
             found = replace(found, context=apply_context(model, blocks, mesh))
