@@ -27,9 +27,13 @@ class Job:
             (``owner/name``), or ``"module:factory"`` as ``verify`` takes it.
         tp: tensor parallel size.
         dp: data parallel size.
-        zero: what is sharded over data parallel ranks: nothing (0), optimizer state (1), also gradients (2), also
-            weights (3).
-        batch: sequences (or images) a data parallel rank sees in a step; 1 unless a factory brings its own.
+        zero: ``zero_stage``: 0 replicates; 1 and 2 shard weights, gradients and optimizer state over data parallel
+            ranks, and gather all weights for each batch; 3 gathers them a block at a time.
+        zero_group: ``zero_group_size``: data parallel ranks that share these, of which the others hold the same; None
+            for all.
+        cp: context parallel size: ranks that share the tokens of a sequence.
+        accumulate: batches whose gradients are summed up for a step of the optimizer.
+        batch: sequences (or images) in a data parallel rank's batch; 1 unless a factory brings its own.
         seq: tokens a sequence; the model's longest, at most 4096, unless a factory brings its own.
         precision: the Trainer's, of :data:`PRECISIONS`.
         sequence_parallel: as ``AutoTPStrategy`` takes it; None where ``config`` says it.
@@ -48,6 +52,9 @@ class Job:
     tp: int = 1
     dp: int = 1
     zero: int = 0
+    zero_group: Optional[int] = None
+    cp: int = 1
+    accumulate: int = 1
     batch: Optional[int] = None
     seq: Optional[int] = None
     precision: str = "bf16-true"
@@ -58,7 +65,7 @@ class Job:
     config: TPTrainingConfig = field(default_factory=TPTrainingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("tp", "dp", "batch", "seq"):
+        for name in ("tp", "dp", "zero_group", "cp", "accumulate", "batch", "seq"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}: {size} is not a positive number; give 1 or more.")
@@ -69,9 +76,29 @@ class Job:
             object.__setattr__(self, name, getattr(self.config, name))
         if self.zero not in STAGES:
             raise ValueError(f"zero: there is no stage {self.zero}; give one of {', '.join(map(str, STAGES))}.")
+        if self.zero_group is not None:
+            self._check_group(self.zero_group)
+        if self.seq is not None and self.seq % self.cp:
+            raise ValueError(f"cp: {self.cp} ranks do not divide seq, {self.seq} tokens; give a number that does.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: {self.precision!r} is not known; give one of {', '.join(PRECISIONS)}.")
         if ":" in self.model and (self.batch, self.seq) != (None, None):
             raise ValueError(
                 f"batch, seq: {self.model} is a factory that brings its own batch; leave them out and size its batch."
             )
+
+    def _check_group(self, group: int) -> None:
+        if not self.zero:
+            raise ValueError("zero_group: it goes with zero 1, 2 or 3, which is 0; set one, or leave it out.")
+        if self.dp % group:
+            raise ValueError(f"zero_group: {group} does not divide dp, {self.dp}; give a number that does.")
+
+    @property
+    def ranks(self) -> int:
+        """GPUs that it runs on."""
+        return self.tp * self.cp * self.dp
+
+    @property
+    def shards(self) -> int:
+        """Data parallel ranks that share weights, gradients and optimizer state."""
+        return (self.zero_group or self.dp) if self.zero else 1

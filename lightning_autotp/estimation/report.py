@@ -31,9 +31,9 @@ def assumptions(found: Estimate) -> str:
         f" {machine.link_share:.0%} of theirs; latencies and the launches of kernels cost nothing.",
         "Rank 0, which holds the most where a cut is uneven.",
     ]
-    if job.dp > 1:
-        zero = f"ZeRO {job.zero}" if job.zero else "DDP, with gradients once more in its buckets"
-        lines.append(f"Data parallelism is computed and not run: {zero}.")
+    if job.dp * job.cp > 1:
+        zero = f"ZeRO {job.zero} by FSDP2" if job.zero else "DDP, with gradients once more in its buckets"
+        lines.append(f"Data and context parallelism are computed and not run: {zero}.")
     return "Assumed: " + " ".join(lines)
 
 
@@ -41,12 +41,19 @@ def _headline(found: Estimate) -> str:
     job = found.job
     given = {name: getattr(job, name) for name in ("sequence_parallel", "loss_parallel", "checkpointing")}
     switches = [name if value is True else f"{name} {value}" for name, value in given.items() if value]
-    layout = f"TP {job.tp} x DP {job.dp}" + (f", ZeRO {job.zero}" if job.zero else "")
-    read = f", {found.tokens // job.dp:,} tokens a data parallel rank" if found.tokens else ""
+    read = f", {found.tokens // job.dp // job.accumulate:,} tokens a data parallel rank" if found.tokens else ""
+    batches = f" and batch, {job.accumulate} batches" if job.accumulate > 1 else ""
     return (
-        f"{job.model}: {_count(found.parameters)} parameters, {layout} on {job.tp * job.dp} x"
-        f" {found.machine.gpu.upper()}{read}{''.join(f', {name}' for name in switches)} ({found.took:.1f} s)"
+        f"{job.model}: {_count(found.parameters)} parameters, {layout_name(job)} on {job.ranks} x"
+        f" {found.machine.gpu.upper()}{read}{batches}{''.join(f', {name}' for name in switches)} ({found.took:.1f} s)"
     )
+
+
+def layout_name(job: Job) -> str:
+    """What ranks are to each other, in short."""
+    parts = [f"TP {job.tp}", *([f"CP {job.cp}"] if job.cp > 1 else []), f"DP {job.dp}"]
+    group = f" in groups of {job.zero_group}" if job.shards < job.dp and job.zero else ""
+    return " x ".join(parts) + (f", ZeRO {job.zero}{group}" if job.zero else "")
 
 
 def _memory(found: Estimate) -> Table:
@@ -57,7 +64,8 @@ def _memory(found: Estimate) -> Table:
     table.add_column("of that")
     after = f"{memory.all_gradients / GIB:.2f} once the backward pass is done"
     rows = [
-        ("weights", memory.weights, "with what ZeRO 3 gathers" if _gathers(found.job) else ""),
+        ("weights", memory.weights, ""),
+        ("weights gathered", memory.gathered, "with the buffers of all-gathers"),
         ("gradients", memory.gradients, after if memory.gradients != memory.all_gradients else ""),
         ("optimizer state", memory.optimizer, ""),
         ("DDP's buckets", memory.buckets, ""),
@@ -69,10 +77,6 @@ def _memory(found: Estimate) -> Table:
     table.add_section()
     table.add_row("peak", f"{memory.peak / GIB:.2f}", "")
     return table
-
-
-def _gathers(job: Job) -> bool:
-    return job.zero == 3 and job.dp > 1
 
 
 def _fits(found: Estimate) -> str:
@@ -104,6 +108,8 @@ def _times(found: Estimate) -> str:
         f" {found.communication * 1e3:,.1f} ms. A step takes {found.shortest * 1e3:,.1f} ms with one hidden behind the"
         f" other, {found.longest * 1e3:,.1f} ms one after the other"
     )
+    if found.job.dp * found.job.cp > 1:
+        times += f", {found.seconds * 1e3:,.1f} ms with what goes on beside the computation"
     if not found.tokens:
         return f"{times}."
     slowest, fastest = found.tokens / found.longest, found.tokens / found.shortest

@@ -11,8 +11,9 @@ unrepeated) but needs less while it works; autocast has other lists of ops there
 
 import re
 from collections import Counter, defaultdict
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -25,10 +26,11 @@ from lightning_autotp.compat import (
     FakeTensorMode,
     hide_values_from_transformers,
 )
-from lightning_autotp.distributed.recording import Collective, RecordingCollectives, recording_mesh
+from lightning_autotp.distributed.recording import Collective, recording_mesh
 from lightning_autotp.distributed.silent import silent_mesh
 from lightning_autotp.estimation.job import PRECISIONS, Job
-from lightning_autotp.estimation.tracker import StepTracker, Work
+from lightning_autotp.estimation.trace import Attention, Trace, Work
+from lightning_autotp.estimation.tracker import StepTracker
 from lightning_autotp.model_sources.factory import loss_of
 from lightning_autotp.model_sources.full_size import build
 from lightning_autotp.plans.plan import ShardingPlan
@@ -49,6 +51,7 @@ class Held:
         buffers: of this rank's buffers.
         block: of the parameters of the largest block (a numbered layer).
         outside: of the parameters that are in no block.
+        trained_block, trained_outside: of those of them that train.
     """
 
     parameters: int
@@ -57,18 +60,42 @@ class Held:
     buffers: int
     block: int
     outside: int
+    trained_block: int
+    trained_outside: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank was seen to do with a batch.
+
+    Args:
+        held: what is there between steps.
+        tokens: how many it reads; 0 for a model that reads none.
+        trace: what happened.
+        collectives: what is sent for the batch.
+        once: what is sent once a step, however many batches that has.
+    """
+
+    held: Held
+    tokens: int
+    trace: Trace
+    collectives: Counter[Collective]
+    once: Counter[Collective]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does in a step, without data parallelism; see :class:`StepTracker`.
+    """What one rank does with a batch, without data parallelism; see :class:`~lightning_autotp.estimation.trace.Trace`.
 
     Args:
         held: what is there between steps.
         tokens: how many a data parallel rank reads; 0 for a model that reads none.
-        forward, kept, backward: bytes of activations and of what else comes and goes.
+        forward, kept, backward: bytes of activations and of what else comes and goes: the most in the forward pass,
+            those at its end, and by bytes of gradients the most in the backward pass.
         work: what is computed.
         collectives: what is sent.
+        once: what is sent once a step, however many batches that has.
+        attention: the attention kernels of the forward pass.
     """
 
     held: Held
@@ -78,70 +105,126 @@ class Step:
     backward: dict[int, int]
     work: Counter[Work]
     collectives: Counter[Collective]
+    once: Counter[Collective] = field(default_factory=Counter)
+    attention: Counter[Attention] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, seen: Seen) -> "Step":
+        """The sums of what was seen."""
+        trace = seen.trace
+        sums = (trace.most_forward, trace.kept, trace.most_backward, trace.work)
+        return cls(seen.held, seen.tokens, *sums, seen.collectives, seen.once, Counter(trace.attention))
 
 
 def run_step(job: Job) -> Step:
-    """Run one step of ``job``.
+    """Run one step of ``job``, on one of its batches and without context parallelism.
 
     Raises:
         ValueError: if the model cannot be read, its plan is refused, or its step needs to know the values of tensors.
     """
+    with without_values(job.model):
+        model, batch = built(job)
+        return Step.of(Rank(model, job, job.tp).run(batch))
+
+
+@contextmanager
+def without_values(source: str) -> Iterator[None]:
+    """Inside, tensors that are made have shapes and no memory.
+
+    Raises:
+        ValueError: if what is run inside needs to know their values; the message names ``source``, the model.
+    """
     with FakeTensorMode(), hide_values_from_transformers():
         try:
-            return _run_step(job)
+            yield
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                f"model: {job.model}'s step depends on the values of its tensors (in {error.func}), and an estimate"
+                f"model: {source}'s step depends on the values of its tensors (in {error.func}), and an estimate"
                 " has none; estimate a model of the same sizes without such code."
             ) from None
 
 
-def _run_step(job: Job) -> Step:
+def built(job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a job, and one of its batches."""
     dtype, _ = PRECISIONS[job.precision]
-    model, batch = build(job.model, dtype=dtype, batch=job.batch, seq=job.seq, checkpointing=job.checkpointing)
-    plan = make_plan(model, job.config, job.tp)
-    mesh, recorder = recording_mesh(silent_mesh(job.tp))
-    shard(model, plan, mesh, job.config, device=torch.device("cpu"))
-    tracker = _tracked(model, batch, job, recorder)
-    tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
-    found = (tracker.forward, tracker.kept, tracker.backward, tracker.work, recorder.counts)
-    return Step(_held(model, plan), tokens, *found)
+    return build(job.model, dtype=dtype, batch=job.batch, seq=job.seq, checkpointing=job.checkpointing)
 
 
-def _tracked(model: nn.Module, batch: dict[str, Any], job: Job, recorder: RecordingCollectives) -> StepTracker:
-    """A step as it is once column linears have learned which of them share an input."""
-    found = sharded(model)
-    assert found is not None
-    gradients = TPGradients(model, found)
-    known = [*model.parameters(), *model.buffers(), *(x for x in batch.values() if isinstance(x, Tensor))]
-    _, autocast = PRECISIONS[job.precision]
-    learned = False
-    while not learned:
-        recorder.counts.clear()
-        with StepTracker(model, known) as tracker:
-            precision = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
-            with precision, nullcontext() if found.saved is None else found.saved.step():
-                loss = loss_of(model(**batch))
-            tracker.begin_backward()
-            loss.backward()
-            gradients.complete()
-        learned = not any(group.leaving for group in found.columns)
-        found.settle()
-        model.zero_grad()
-    return tracker
+def repeated(batch: dict[str, Any], times: int, source: str) -> dict[str, Any]:
+    """A batch with as many times the rows.
+
+    Raises:
+        ValueError: if its tensors do not have the same number of rows; the message names ``source``, the model.
+    """
+    rows = {value.shape[0] if value.ndim else 0 for value in batch.values() if isinstance(value, Tensor)}
+    if len(rows) > 1 or rows == {0}:
+        raise ValueError(
+            f"model: the tensors in {source}'s batch have {sorted(rows)} rows, so it cannot be made larger or smaller;"
+            " give one whose tensors all begin with the dim of rows."
+        )
+    return {name: torch.cat([value] * times) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+class Rank:
+    """Rank 0 of ``tp``, without the others.
+
+    Args:
+        model: the unsharded model, which is sharded in place.
+        job: with the switches; its sizes do not matter.
+        tp: the tensor parallel size.
+
+    Raises:
+        ValueError: if its plan is refused.
+    """
+
+    def __init__(self, model: nn.Module, job: Job, tp: int) -> None:
+        self.model, self._autocast = model, PRECISIONS[job.precision][1]
+        plan = make_plan(model, job.config, tp)
+        mesh, self._recorder = recording_mesh(silent_mesh(tp))
+        shard(model, plan, mesh, job.config, device=torch.device("cpu"))
+        found = sharded(model)
+        assert found is not None
+        self._sharded, self._gradients = found, TPGradients(model, found)
+        self.held = _held(model, plan)
+
+    def run(self, batch: dict[str, Any]) -> Seen:
+        """Run a step, as it is once column linears have learned which of them share an input."""
+        found, counts = self._sharded, self._recorder.counts
+        known = [*self.model.parameters(), *self.model.buffers(), *(x for x in batch.values() if isinstance(x, Tensor))]
+        learned = False
+        while not learned:
+            counts.clear()
+            with StepTracker(self.model, known) as tracker:
+                precision = nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast)
+                with precision, nullcontext() if found.saved is None else found.saved.step():
+                    loss = loss_of(self.model(**batch))
+                tracker.begin_backward()
+                loss.backward()
+                each = counts.copy()
+                self._gradients.complete()
+            learned = not any(group.leaving for group in found.columns)
+            found.settle()
+            self.model.zero_grad()
+        tokens = batch["input_ids"].numel() if "input_ids" in batch else 0
+        return Seen(self.held, tokens, tracker.trace, each, counts - each)
 
 
 def _held(model: nn.Module, plan: ShardingPlan) -> Held:
     blocks: dict[str, int] = defaultdict(int)
+    trained: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
-        block = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
-        blocks[block[0] if block else ""] += parameter.nbytes
-    outside = blocks.pop("", 0)
+        numbered = re.match(r"(?:.*?\.)??\d+(?=\.)", name)
+        block = numbered[0] if numbered else ""
+        blocks[block] += parameter.nbytes
+        trained[block] += parameter.nbytes if parameter.requires_grad else 0
+    outside, trained_outside = blocks.pop("", 0), trained.pop("", 0)
     return Held(
-        sum(prod(plan.parameters[name].layout.shape) for name, _ in model.named_parameters()),
-        sum(parameter.nbytes for parameter in model.parameters()),
-        sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
-        sum(buffer.nbytes for buffer in model.buffers()),
-        max(blocks.values(), default=0),
-        outside,
+        parameters=sum(prod(plan.parameters[name].layout.shape) for name, _ in model.named_parameters()),
+        weights=sum(blocks.values()) + outside,
+        trained=sum(trained.values()) + trained_outside,
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        block=max(blocks.values(), default=0),
+        outside=outside,
+        trained_block=max(trained.values(), default=0),
+        trained_outside=trained_outside,
     )

@@ -4,10 +4,9 @@ Works on real and on fake tensors alike: it looks at the storages that ops make 
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from math import prod
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from lightning_autotp.compat import (
     flop_registry,
     tree_iter,
 )
+from lightning_autotp.estimation.trace import Attention, Event, Trace, Work
 
 _ROUNDED_TO = 512
 """Bytes: what torch's CUDA allocator rounds every tensor up to."""
@@ -44,33 +44,24 @@ _LOOKUPS = {_aten.embedding, _aten.index, _aten.gather}
 """Ops that read no more of their first input than they write."""
 
 
-class Work(NamedTuple):
-    """An op: floating-point operations, the bytes it reads and writes, and whether it multiplies fp32 matrices."""
-
-    flops: int
-    moved: int
-    fp32: bool
-
-
 class StepTracker(TorchDispatchMode):
-    """Inside, counts what ops allocate besides ``known``, and what they compute.
+    """Inside, notes what ops allocate besides ``known``, and what they compute.
 
     Args:
         model: its gradients are told from other memory as they arrive.
         known: tensors that are there before the step, and are not counted: parameters, buffers, the batch.
 
     Attributes:
-        forward: bytes, the most that was alive in the forward pass.
-        kept: bytes that were alive at its end, for the backward pass.
-        backward: by bytes of gradients there, the most bytes besides them that were alive.
-        work: how often each kind of op ran.
+        forward: what happened in the forward pass.
+        backward: what happened in the backward pass.
+        attention: the attention kernels of the forward pass.
     """
 
     def __init__(self, model: nn.Module, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.forward = self.kept = 0
-        self.backward: dict[int, int] = {}
-        self.work: Counter[Work] = Counter()
+        self.forward: list[Event] = []
+        self.backward: list[Event] = []
+        self.attention: list[Attention] = []
         self._model = model
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._others: dict[int, int] = {}
@@ -91,11 +82,15 @@ class StepTracker(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
+    @property
+    def trace(self) -> Trace:
+        """All that was noted."""
+        return Trace(tuple(self.forward), tuple(self.backward), tuple(self.attention))
+
     def begin_backward(self) -> None:
         """The forward pass is done."""
-        self.kept = self._alive
         self._in_backward = True
-        self._look()
+        self._note("backward")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Optional[dict[str, Any]] = None
@@ -104,10 +99,16 @@ class StepTracker(TorchDispatchMode):
         output = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor)]
         if outputs:
-            made = [self._allocated(tensor) for tensor in outputs]
+            new = [self._allocated(tensor) for tensor in outputs]
+            made = any(new)
             packet = func.overloadpacket
-            if (any(made) or func._schema.is_mutable) and packet not in _UNWRITTEN:
-                self.work[_work(packet, args, kwargs, output, outputs)] += 1
+            works = (made or func._schema.is_mutable) and packet not in _UNWRITTEN
+            if made or works:
+                self._note(str(packet), _work(packet, args, kwargs, output, outputs) if works else None)
+            if packet is CPU_FLASH_ATTENTION and not self._in_backward:
+                query, key, value = args[:3]
+                sizes = (tensor.numel() * tensor.element_size() for tensor in (query, key, value, outputs[0]))
+                self.attention.append(Attention(query.shape[1], key.shape[1], *sizes))
         return output
 
     def _allocated(self, tensor: Tensor) -> bool:
@@ -119,7 +120,6 @@ class StepTracker(TorchDispatchMode):
         self._others[key] = size = -(-storage.nbytes() // _ROUNDED_TO) * _ROUNDED_TO
         self._alive += size
         weakref.finalize(storage, self._freed, key)
-        self._look()
         return True
 
     def _freed(self, key: int) -> None:
@@ -133,14 +133,11 @@ class StepTracker(TorchDispatchMode):
             self._gradients[key] = size = self._others.pop(key)
             self._alive -= size
             self._alive_gradients += size
-            self._look()
+            self._note("gradient")
 
-    def _look(self) -> None:
-        if self._in_backward:
-            gradients = self._alive_gradients
-            self.backward[gradients] = max(self._alive, self.backward.get(gradients, 0))
-        else:
-            self.forward = max(self.forward, self._alive)
+    def _note(self, name: str, work: Optional[Work] = None) -> None:
+        events = self.backward if self._in_backward else self.forward
+        events.append(Event(name, work, self._alive, self._alive_gradients))
 
 
 def _work(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, outputs: list[Tensor]) -> Work:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_autotp.compat import FakeTensor
 from lightning_autotp.plans.plan import SequencePlan, ShardingPlan
 
 _LEAST = 2
@@ -38,21 +39,46 @@ def shorten(model: nn.Module, plan: ShardingPlan) -> dict[str, tuple[int, int]]:
         by the path of a list, how many blocks there were, and how many are left.
     """
     done: dict[str, tuple[int, int]] = {}
-    shared = _shared(model)
-    for path, blocks in list(model.named_modules()):
-        if not isinstance(blocks, _LISTS) or len(blocks) < 2 or not _is_there(model, path):
-            continue
-        if list(blocks._modules) != [str(at) for at in range(len(blocks))]:  # a sequence with names
-            continue
-        places = _places(blocks)
-        named = zip(blocks, _planned(plan, path, len(blocks)))
-        kinds = [(_Kinds(block, shared, places).of(block), planned) for block, planned in named]
+    for path, kinds in kinds_of_blocks(model, plan):
         keep = max(max(kinds.index(kind) for kind in kinds) + 1, _LEAST)
         if keep < len(kinds):
             done[path] = (len(kinds), keep)
-            for at in range(keep, len(kinds)):
-                del blocks._modules[str(at)]
+            keep_blocks(model, path, keep)
     return done
+
+
+def kinds_of_blocks(
+    model: nn.Module, plan: ShardingPlan, *, outermost: bool = False
+) -> Iterator[tuple[str, list[Hashable]]]:
+    """Yield the path of each list of blocks, the outer ones first, and of what kind each block is.
+
+    Lists inside of blocks that are taken out meanwhile are passed over.
+
+    Args:
+        model: the model.
+        plan: its plan: blocks that it treats otherwise are of another kind.
+        outermost: pass over all lists inside of blocks.
+    """
+    shared = _shared(model)
+    around: list[str] = []
+    for path, blocks in list(model.named_modules()):
+        if not isinstance(blocks, _LISTS) or len(blocks) < 2 or not _is_there(model, path):
+            continue
+        if outermost and any(path.startswith(outer) for outer in around):
+            continue
+        if list(blocks._modules) != [str(at) for at in range(len(blocks))]:  # a sequence with names
+            continue
+        around.append(f"{path}." if path else "")
+        places = _places(blocks)
+        named = zip(blocks, _planned(plan, path, len(blocks)))
+        yield path, [(_Kinds(block, shared, places).of(block), planned) for block, planned in named]
+
+
+def keep_blocks(model: nn.Module, path: str, count: int) -> None:
+    """Take all blocks but the first ``count`` out of a list."""
+    blocks = model.get_submodule(path)
+    for name in list(blocks._modules)[count:]:
+        del blocks._modules[name]
 
 
 @contextmanager
@@ -185,7 +211,8 @@ class _Kinds:
     @staticmethod
     def _tensor(value: Tensor) -> Hashable:
         values = None
-        if not isinstance(value, nn.Parameter) and not value.is_meta and value.numel() <= 4096:
+        known = not value.is_meta and not isinstance(value, FakeTensor)
+        if not isinstance(value, nn.Parameter) and known and value.numel() <= 4096:
             values = tuple(value.detach().flatten().tolist())
         return ("tensor", type(value), tuple(value.shape), value.dtype, value.requires_grad, values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from lightning_autotp.cli.estimate import main
 from lightning_autotp.cli.main import main as command_line
 from lightning_autotp.distributed.recording import Collective
 from lightning_autotp.estimation import Job, Machine, estimate
-from lightning_autotp.estimation.cost import GIB, memory_of
+from lightning_autotp.estimation.cost import GIB
+from lightning_autotp.estimation.memory import memory_of
 from lightning_autotp.estimation.step import Held, Step, run_step
+from lightning_autotp.estimation.trace import Trace
 from lightning_autotp.estimation.tracker import StepTracker
 from lightning_autotp.model_sources.small import small_config, small_model
 
@@ -47,7 +50,7 @@ def llama(folder: Path, layers: int, vocabulary: int, **sizes: Any) -> str:
 def counted(step: Step) -> Counter[str]:
     """How many collectives of each kind there are."""
     kinds: Counter[str] = Counter()
-    for collective, count in step.collectives.items():
+    for collective, count in (step.collectives + step.once).items():
         kinds[collective.kind] += count
     return kinds
 
@@ -139,9 +142,10 @@ def test_a_fake_step_allocates_what_a_real_one_does(tmp_path: Path) -> None:
         real.begin_backward()
         loss.backward()
     fake = run_step(Job(path, batch=2, seq=16, precision="32-true"))
-    assert real.kept == sum(sizes) + 512  # the loss itself
-    assert (fake.forward, fake.kept, _flops(fake)) == (real.forward, real.kept, _flops(real))
-    assert fake.backward == real.backward
+    trace = real.trace
+    assert trace.kept == sum(sizes) + 512  # the loss itself
+    assert (fake.forward, fake.kept, _flops(fake)) == (trace.most_forward, trace.kept, _flops(trace))
+    assert fake.backward == trace.most_backward
     assert max(fake.backward) == pytest.approx(fake.held.trained, rel=0.01)  # at the end; rounded up one by one
 
 
@@ -170,7 +174,7 @@ def test_weights_gradients_and_optimizer_are_those_of_the_plan(model_type: str, 
         # the logits are not gathered, three numbers a token are
         ("lp", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
         ("fused", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
-        # also the gradients of the norms; what enters the blocks is gathered backward, what leaves them forward
+        # also, once a step, the gradients of the norms; what enters the blocks is gathered backward, what leaves them forward
         ("sp_lp", {"all-gather": 4, "reduce-scatter": 4}, {"all-reduce": 3, "all-gather": 3}),
     ],
 )
@@ -206,7 +210,7 @@ def test_checkpointing_keeps_less_and_computes_more(tmp_path: Path) -> None:
     assert 1.2 < _flops(less) / _flops(whole) < 4 / 3
 
 
-def _flops(step: Step | StepTracker) -> int:
+def _flops(step: Step | Trace) -> int:
     return sum(work.flops * count for work, count in step.work.items())
 
 
@@ -235,7 +239,10 @@ def test_mixed_precision_keeps_weights_and_gradients_in_fp32(tmp_path: Path) -> 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
-HELD = Held(parameters=500, weights=1000, trained=800, buffers=8, block=100, outside=50)
+HELD = Held(
+    parameters=500, weights=1000, trained=800, buffers=8,
+    block=100, outside=50, trained_block=80, trained_outside=40,
+)  # fmt: skip
 STEP = Step(
     HELD, tokens=10, forward=300, kept=280, backward={0: 290, 400: 250, 800: 20},
     work=Counter(), collectives=Counter(),
@@ -243,25 +250,45 @@ STEP = Step(
 
 
 @pytest.mark.parametrize(
-    ("options", "weights", "optimizer", "buckets", "gradients", "activations"),
+    ("options", "weights", "gathered", "optimizer", "buckets", "gradients", "activations"),
     [
-        ({}, 1008, 1600, 0, 800, 300),  # the last step's gradients in the forward pass
-        ({"own_loop": True}, 1008, 1600, 0, 800, 20),
-        ({"dp": 4}, 1008, 1600, 800, 800, 300),
-        ({"dp": 4, "zero": 1}, 1008, 400, 0, 800, 300),
-        ({"dp": 4, "zero": 2}, 1008, 400, 0, 200, 300),
-        ({"dp": 4, "zero": 2, "own_loop": True}, 1008, 400, 0, 200, 250),  # 400 / 4, and a whole block's
-        ({"dp": 4, "zero": 3}, 250 + 150 + 8, 400, 0, 200, 300),
-        ({"dp": 1, "zero": 3}, 1008, 1600, 0, 800, 300),
+        ({}, 1008, 0, 1600, 0, 800, 300),  # the last step's gradients in the forward pass
+        ({"own_loop": True}, 1008, 0, 1600, 0, 800, 20),
+        ({"own_loop": True, "accumulate": 2}, 1008, 0, 1600, 0, 800, 300),
+        ({"accumulate": 2}, 1008, 0, 1600, 0, 800, 300),
+        ({"dp": 4}, 1008, 0, 1600, 800, 800, 300),
+        ({"cp": 4}, 1008, 0, 1600, 800, 800, 300),
+        # all weights and a block's buffer at the end of the forward pass
+        ({"dp": 4, "zero": 1}, 258, 1000 + 100, 400, 0, 200, 300),
+        ({"dp": 4, "zero": 2}, 258, 1000 + 100, 400, 0, 200, 300),
+        ({"dp": 4, "zero": 2, "zero_group": 2}, 508, 1000 + 100, 800, 0, 400, 300),
+        # (400 - 40 - 80) of 800 are freed; 100 reduced, and those of two blocks and of the root
+        ({"dp": 4, "zero": 2, "own_loop": True}, 258, 1000 + 100, 400, 0, 0, 300),
+        ({"dp": 4, "zero": 3, "own_loop": True}, 258, 50 + 2 * 100, 400, 0, 100 + 200, 250),
+        ({"dp": 4, "zero": 3, "accumulate": 2}, 258, 50 + 2 * 100, 400, 0, 200 + 200, 250),
+        ({"dp": 1, "zero": 3}, 1008, 0, 1600, 0, 800, 300),
     ],
 )
 def test_data_parallelism_and_zero(
-    options: dict[str, Any], weights: int, optimizer: int, buckets: int, gradients: int, activations: int
+    options: dict[str, Any],
+    weights: int,
+    gathered: int,
+    optimizer: int,
+    buckets: int,
+    gradients: int,
+    activations: int,
 ) -> None:
     memory = memory_of(STEP, Job("llama", **options))
-    assert (memory.weights, memory.optimizer, memory.buckets) == (weights, optimizer, buckets)
+    assert (memory.weights, memory.gathered) == (weights, gathered)
+    assert (memory.optimizer, memory.buckets) == (optimizer, buckets)
     assert (memory.gradients, memory.activations) == (gradients, activations)
-    assert memory.peak == weights + optimizer + buckets + gradients + activations
+    assert memory.peak == weights + gathered + optimizer + buckets + gradients + activations
+
+
+def test_weights_are_freed_as_gradients_come() -> None:
+    job = Job("llama", dp=4, zero=2, own_loop=True)
+    memory = memory_of(replace(STEP, forward=0, backward={400: 3000}), job)
+    assert (memory.gathered, memory.gradients) == (1000 - (400 - 40 - 80) * 1000 // 800, 100 + 40 + 2 * 80)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +297,6 @@ def test_data_parallelism_and_zero(
         (0, {"all-reduce": 2 * 7 / 8}),
         (1, {"reduce-scatter": 7 / 8, "all-gather": 7 / 8}),
         (2, {"reduce-scatter": 7 / 8, "all-gather": 7 / 8}),
-        (3, {"reduce-scatter": 7 / 8, "all-gather": 2 * 7 / 8}),
     ],
 )
 def test_data_parallel_communication(zero: int, expected: dict[str, float], tmp_path: Path) -> None:
@@ -282,6 +308,18 @@ def test_data_parallel_communication(zero: int, expected: dict[str, float], tmp_
     lines = {line.kind: line for line in found.traffic if line.group == "data parallel"}
     assert {kind: line.seconds / size for kind, line in lines.items()} == pytest.approx(expected)
     assert all(line.link == "network" for line in lines.values())
+
+
+def test_zero_3_gathers_blocks_twice_and_groups_reduce_parts(tmp_path: Path) -> None:
+    machine = Machine(network=1.0, gpus_per_node=4, link_share=1.0)
+    job = Job(llama(tmp_path, 1, 131, **TINY), 2, dp=8, zero=3, zero_group=2, batch=1, seq=16, accumulate=3)
+    held = run_step(job).held
+    found = {(line.kind, line.group): line for line in estimate(job, machine).traffic if line.beside}
+    inside = found["all-gather", "ranks that share weights"], found["reduce-scatter", "ranks that share weights"]
+    assert [(line.ranks, line.link) for line in inside] == [(2, "NVLink")] * 2
+    assert inside[0].size == 3 * (2 * held.weights - held.outside) and inside[1].size == 3 * held.trained
+    across = found["all-reduce", "ranks that hold the same"]
+    assert (across.ranks, across.link, across.size) == (4, "network", 3 * (held.trained // 2))
 
 
 def test_links() -> None:
@@ -308,7 +346,7 @@ def test_llama_405b_on_1024_gpus_takes_less_than_a_minute(layers: int, parameter
     found = estimate(job, Machine("h200"))
     assert found.took < 60
     assert found.parameters == pytest.approx(parameters, rel=1e-4)
-    assert found.memory.all_gradients == pytest.approx(found.parameters / 8 * 2, rel=1e-4)
+    assert found.memory.all_gradients == pytest.approx(found.parameters / 8 * 2 / 128, rel=1e-4)
     assert found.fits == (layers < 126) and found.tokens == 128 * 4096
     assert found.flops == pytest.approx(6 * found.parameters / 8 * 4096, rel=0.1)
 
@@ -427,7 +465,7 @@ def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = llama(tmp_path, 2, 131, **TINY)
     assert main([path, "--tp", "2", "--seq", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    parts = ("weights", "optimizer", "buckets", "gradients", "activations")
+    parts = ("weights", "gathered", "optimizer", "buckets", "gradients", "activations")
     assert found["memory"]["peak"] == sum(found["memory"][part] for part in parts)
     assert found["job"]["tp"] == 2 and found["machine"]["gpu"] == "h100" and found["fits"] is True
     assert found["longest"] == pytest.approx(found["compute"] + found["communication"])
