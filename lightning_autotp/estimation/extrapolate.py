@@ -77,14 +77,14 @@ def _middle(
     few: Sequence[Event], many: Sequence[Event], most: dict[int, int], more: dict[int, int], line: _Line
 ) -> Iterator[Event]:
     """What is not matched: the most that is alive for each state of the gradients, and work by name."""
-    for gradients in {event.gradients for event in (*few, *many)}:
+    for gradients in sorted({event.gradients for event in (*few, *many)}):
         first, second = most.get(gradients), more.get(gradients)
         first, second = (second, second) if first is None else (first, first) if second is None else (first, second)
         assert first is not None and second is not None
         yield Event("", None, line.of(first, second), gradients)
     sums, larger = _sums(few), _sums(many)
     gradients = (few or many)[0].gradients
-    for key in sums.keys() | larger.keys():
+    for key in sorted(sums.keys() | larger.keys()):
         (flops, moved), (more_flops, more_moved) = sums.get(key, (0, 0)), larger.get(key, (0, 0))
         work = Work(line.of(flops, more_flops), line.of(moved, more_moved), key[1])
         yield Event(key[0], work, 0, gradients)

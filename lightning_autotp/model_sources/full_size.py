@@ -50,7 +50,7 @@ def build(
     if dtype != torch.float32:
         _convert(model, dtype)
     if checkpointing:
-        _checkpoint(model)
+        checkpoint(model)
     return model.train(), made
 
 
@@ -61,7 +61,12 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _checkpoint(model: nn.Module) -> None:
+def checkpoint(model: nn.Module) -> None:
+    """Turn Hugging Face's gradient checkpointing on.
+
+    Raises:
+        ValueError: if the model has none.
+    """
     old, new = (getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("gradient", "activation"))
     enable = new or old  # renamed in transformers 5.23
     if enable is None or not getattr(model, "supports_gradient_checkpointing", True):

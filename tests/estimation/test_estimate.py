@@ -174,7 +174,7 @@ def test_weights_gradients_and_optimizer_are_those_of_the_plan(model_type: str, 
         # the logits are not gathered, three numbers a token are
         ("lp", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
         ("fused", {"all-reduce": 4}, {"all-reduce": 2, "all-gather": 1}),
-        # also, once a step, the gradients of the norms; what enters the blocks is gathered backward, what leaves them forward
+        # also, once a step, the norms' gradients; what enters the blocks is gathered backward, what leaves them forward
         ("sp_lp", {"all-gather": 4, "reduce-scatter": 4}, {"all-reduce": 3, "all-gather": 3}),
     ],
 )
