@@ -83,9 +83,8 @@ def test_what_does_not_fit_says_by_how_much(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(GPUS, "small", GPU(**small))
     given = Wanted(path, 2, tokens=8 * 256, seq=256, tp=1)
     found = search(given, Machine("small"))
-    whole = search(given, Machine("h100"))
     layouts = len(found.best) + len(found.slower) + len(found.too_large)
-    assert layouts == len(whole.best) + len(whole.slower) and found.too_large
+    assert layouts == 4 and found.too_large  # DP 2 with ZeRO 0, 2 and 3, CP 2
     for one in found.too_large:
         own = estimate(one.job, one.machine)
         assert one.lacks > 0 and not own.fits
