@@ -225,8 +225,8 @@ def with_head(seen: Seen, own: Seen, other: Seen) -> Seen:
         (*moved(began), *backward[len(begun) :]),
         seen.trace.attention,
     )
-    sent = {name: _exchanged(*(getattr(one, name) for one in (seen, own, other))) for name in ("collectives", "once")}
-    return replace(seen, trace=trace, **sent)
+    sent = [_exchanged(*(getattr(one, name) for one in (seen, own, other))) for name in ("collectives", "once")]
+    return replace(seen, trace=trace, collectives=sent[0], once=sent[1])
 
 
 def _exchanged(seen: Counter[Collective], own: Counter[Collective], other: Counter[Collective]) -> Counter[Collective]:

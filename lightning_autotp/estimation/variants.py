@@ -126,7 +126,8 @@ class Variants:
             return [False]
         if switch in self._asked:
             return [getattr(self.job, switch)]
-        return {"loss_parallel": [True, FUSED], "checkpointing": [False, True]}.get(switch, [True, False])
+        choices: dict[str, list[Any]] = {"loss_parallel": [True, FUSED], "checkpointing": [False, True]}
+        return choices.get(switch, [True, False])
 
     def _checkpointed(self, tp: int, job: Job) -> list[Variant]:
         job = replace(job, checkpointing=True)

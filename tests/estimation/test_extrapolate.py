@@ -45,15 +45,15 @@ def saved(folder: Path, model: str, layers: int) -> str:
 def alike(found: Step, whole: Step) -> None:
     """To two percent, and what does not depend on activations exactly."""
     assert found.held == whole.held and found.tokens == whole.tokens
-    pairs = [(found.forward, whole.forward), (found.kept, whole.kept)]
+    pairs: list[tuple[Any, ...]] = [(found.forward, whole.forward), (found.kept, whole.kept)]
     for job in (Job("llama"), Job("llama", dp=4, zero=2), Job("llama", dp=4, zero=3, own_loop=True)):
         pairs.append((memory_of(found, job).peak, memory_of(whole, job).peak))
     for of in ("flops", "moved"):
-        pairs.append(tuple(sum(getattr(w, of) * n for w, n in step.work.items()) for step in (found, whole)))  # type: ignore[arg-type]
+        pairs.append(tuple(sum(getattr(w, of) * n for w, n in step.work.items()) for step in (found, whole)))
     for of in ("collectives", "once"):
         sent = [{c.kind for c, n in getattr(step, of).items() if n} for step in (found, whole)]
         assert sent[0] == sent[1]
-        pairs.append(tuple(sum(c.size * n for c, n in getattr(step, of).items()) for step in (found, whole)))  # type: ignore[arg-type]
+        pairs.append(tuple(sum(c.size * n for c, n in getattr(step, of).items()) for step in (found, whole)))
     for mine, other in pairs:
         assert mine == pytest.approx(other, rel=0.02), pairs
 
@@ -78,7 +78,7 @@ def test_few_blocks_and_small_batches_say_what_all_do(model: str, layers: int, t
     assert all(way.periods is not None for way in ways)
     for way in ways:
         given = way.job
-        switches = {"sequence_parallel": given.sequence_parallel, "loss_parallel": given.loss_parallel}
+        switches: dict[str, Any] = {"sequence_parallel": given.sequence_parallel, "loss_parallel": given.loss_parallel}
         traced = run_step(Job(path, tp, batch=batch, seq=SEQ, checkpointing=given.checkpointing, **switches))
         alike(way.step(batch, 1), traced)
 
