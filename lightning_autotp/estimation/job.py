@@ -90,8 +90,8 @@ class Job:
     def _check_group(self, group: int) -> None:
         if not self.zero:
             raise ValueError("zero_group: it goes with zero 1, 2 or 3, which is 0; set one, or leave it out.")
-        if self.dp % group:
-            raise ValueError(f"zero_group: {group} does not divide dp, {self.dp}; give a number that does.")
+        if self.replicas % group:
+            raise ValueError(f"zero_group: {group} does not divide dp x cp, {self.replicas}; give a number that does.")
 
     @property
     def ranks(self) -> int:
@@ -99,6 +99,11 @@ class Job:
         return self.tp * self.cp * self.dp
 
     @property
+    def replicas(self) -> int:
+        """Data and context parallel ranks, which hold the same shards but for ZeRO."""
+        return self.dp * self.cp
+
+    @property
     def shards(self) -> int:
-        """Data parallel ranks that share weights, gradients and optimizer state."""
-        return (self.zero_group or self.dp) if self.zero else 1
+        """Of these, ranks that share weights, gradients and optimizer state."""
+        return (self.zero_group or self.replicas) if self.zero else 1

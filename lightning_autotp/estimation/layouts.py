@@ -54,6 +54,8 @@ def cp_sizes(tp: int, wanted: Wanted, machine: Machine, config: Any, seq: int, l
         mine = (heads.q // tp, max(1, heads.kv // tp)) if heads is not None else (cp, cp)
         if not _inside(tp * cp, wanted, machine):
             left_out.add("ranks that share a sequence would lie in several nodes", f"TP {tp} x CP {cp}")
+        elif cp > 1 and tp > 1 and wanted.sequence_parallel is not False:
+            left_out.add("context parallelism goes without sequence_parallel, which is on there", f"TP {tp} x CP {cp}")
         elif seq % cp:
             left_out.add(f"{seq} tokens of a sequence do not divide", f"CP {cp}")
         elif mine[0] % cp or mine[1] % cp and cp % mine[1]:
@@ -66,7 +68,7 @@ def zero_stages(
     tp: int, cp: int, wanted: Wanted, machine: Machine, left_out: LeftOut
 ) -> Iterator[tuple[int, Optional[int]]]:
     """ZeRO stages and group sizes: all data parallel ranks, or those of a node where they lie in several."""
-    dp = wanted.gpus // tp // cp
+    dp = wanted.gpus // tp  # ranks that hold the same shards, cp of them a batch
     asked, group = 2 if wanted.zero == 1 else wanted.zero, wanted.zero_group
     if asked and dp == 1:
         left_out.add("ZeRO needs several data parallel ranks", f"TP {tp} x CP {cp}")
@@ -74,7 +76,7 @@ def zero_stages(
         left_out.add(f"zero_group {group} does not divide data parallel ranks", f"DP {dp}")
     groups: list[Optional[int]] = [group]
     if group is None and not _inside(wanted.gpus, wanted, machine):
-        groups += [size for size in divisors(dp) if 1 < size < dp and _inside(tp * cp * size, wanted, machine)][-1:]
+        groups += [size for size in divisors(dp) if 1 < size < dp and _inside(tp * size, wanted, machine)][-1:]
     if asked in (None, 0) and group is None:
         yield 0, None
     for zero in (2, 3):  # 1 is stored as 2

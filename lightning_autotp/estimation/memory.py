@@ -79,7 +79,7 @@ def memory_of(step: Step, job: Job) -> Memory:
         weights=ceil(held.weights / shards) + held.buffers,
         gathered=most.gathered,
         optimizer=ceil(_ADAMW_STATES * held.trained / shards),
-        buckets=held.trained if shards == 1 and job.dp * job.cp > 1 else 0,
+        buckets=held.trained if shards == 1 and job.replicas > 1 else 0,
         gradients=most.gradients,
         activations=most.others,
         all_gradients=ceil(held.trained / shards),

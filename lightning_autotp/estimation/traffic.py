@@ -77,23 +77,20 @@ def _context(step: Step, job: Job, machine: Machine) -> Iterator[Traffic]:
 
 
 def _data_parallel(step: Step, job: Job, machine: Machine) -> Iterator[Traffic]:
-    held, shards, times, model = step.held, job.shards, job.accumulate, job.tp * job.cp
+    held, shards, times = step.held, job.shards, job.accumulate
     if shards == 1:
-        if job.dp * job.cp > 1:
-            ranks = job.dp * job.cp
-            yield _traffic("all-reduce", "data parallel", ranks, job.tp, 1, held.trained, job, machine, beside=True)
+        if job.replicas > 1:
+            whole = (job.replicas, job.tp, 1, held.trained)
+            yield _traffic("all-reduce", "data parallel", *whole, job, machine, beside=True)
         return
     gathers, size = (2, 2 * held.weights - held.outside) if job.zero == 3 else (1, held.weights)
     lines = [("reduce-scatter", times, held.trained * times), ("all-gather", gathers * times, size * times)]
-    name = "ranks that share weights" if shards < job.dp else "data parallel"
+    name = "ranks that share weights" if shards < job.replicas else "data parallel"
     for kind, count, size in lines:
-        yield _traffic(kind, name, shards, model, count, size, job, machine, beside=True)
-    part = held.trained // shards
-    if shards < job.dp:
-        same = (job.dp // shards, model * shards, times, part * times)
+        yield _traffic(kind, name, shards, job.tp, count, size, job, machine, beside=True)
+    if shards < job.replicas:
+        same = (job.replicas // shards, job.tp * shards, times, held.trained // shards * times)
         yield _traffic("all-reduce", "ranks that hold the same", *same, job, machine, beside=True)
-    if job.cp > 1:
-        yield _traffic("all-reduce", "context parallel", job.cp, job.tp, 1, part, job, machine, beside=True)
 
 
 def _traffic(

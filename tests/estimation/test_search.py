@@ -46,7 +46,7 @@ def test_all_layouts_are_looked_at(found: Found) -> None:
     expected = set()
     for tp, cp in ((1, 1), (1, 2), (2, 1)):
         dp = 4 // tp // cp
-        groups = [None, *([dp // 2] if dp > 2 else [])]
+        groups = [None, *([2] if tp == 1 else [])]  # those of a node
         expected |= {(tp, cp, dp, 0, None)} | {(tp, cp, dp, zero, group) for zero in (2, 3) for group in groups}
     assert layouts == expected
     assert found.left_out["tensor parallel ranks would lie in several nodes"] == ["TP 4"]
@@ -84,7 +84,7 @@ def test_what_does_not_fit_says_by_how_much(tmp_path: Path, monkeypatch: pytest.
     given = Wanted(path, 2, tokens=8 * 256, seq=256, tp=1)
     found = search(given, Machine("small"))
     layouts = len(found.best) + len(found.slower) + len(found.too_large)
-    assert layouts == 4 and found.too_large  # DP 2 with ZeRO 0, 2 and 3, CP 2
+    assert layouts == 6 and found.too_large  # DP 2 and CP 2, with ZeRO 0, 2 and 3
     for one in found.too_large:
         own = estimate(one.job, one.machine)
         assert one.lacks > 0 and not own.fits
@@ -107,7 +107,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
 
 def test_heads_that_do_not_divide(tmp_path: Path) -> None:
     path = llama(tmp_path, num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
-    found = search(Wanted(path, 4, tokens=4 * SEQ, seq=SEQ, checkpointing=False), Machine())
+    found = search(Wanted(path, 4, tokens=4 * SEQ, seq=SEQ, checkpointing=False, sequence_parallel=False), Machine())
     assert found.left_out["6 query heads do not divide"] == ["TP 4"]
     assert found.left_out["heads of a tensor parallel rank do not divide"] == ["TP 1 x CP 4", "TP 2 x CP 2"]
 
@@ -171,12 +171,12 @@ def test_context_parallel_ranks_share_activations(tmp_path: Path) -> None:
         ("CONFIG --tokens 64", "tokens: it goes with gpus"),
         ("CONFIG --gpus 2 --tokens 64 --seq 64 --tp 1 --cp 1", "1 sequences of a step cannot be shared evenly"),
         (
-            "CONFIG --gpus 2 --seq 64 --zero 3 --dp 1",
-            "TP 1 x CP 2, TP 2 x CP 1: ZeRO needs several data parallel ranks",
+            "CONFIG --gpus 2 --seq 64 --zero 3 --tp 2",
+            "TP 2 x CP 1: ZeRO needs several data parallel ranks",
         ),
         ("CONFIG --gpus 4 --seq 64 --tp 1 --cp 1 --zero-group 3", "zero_group 3 does not divide data parallel ranks"),
         ("CONFIG --zero-group 2", "zero_group: it goes with zero 1, 2 or 3"),
-        ("CONFIG --dp 4 --zero 2 --zero-group 3", "zero_group: 3 does not divide dp, 4"),
+        ("CONFIG --dp 4 --zero 2 --zero-group 3", "zero_group: 3 does not divide dp x cp, 4"),
         ("CONFIG --cp 3 --seq 64", "cp: 3 ranks do not divide seq, 64 tokens"),
         ("CONFIG --cp 16 --seq 64", "cp: 16 ranks cannot share 8 query heads"),
         ("gpt2-nothing --gpus 2", "model: 'gpt2-nothing' is neither a model type"),
