@@ -1,8 +1,9 @@
 """What FSDP2 keeps to itself (torch 2.11 and 2.13): its parameter groups, and what comes before a reduction."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -44,15 +45,35 @@ class _Filled:
 
     def __call__(self, *unused: Any) -> None:
         group = self._group
-        if group.reduce_grads and group.is_unsharded:  # else no rank has run it, or nothing is reduced yet
+        if group.reduce_grads and (group.is_unsharded or any(map(_is_waiting, group.fsdp_params))):
             missing = []
             for held in group.fsdp_params:
                 own = held._unsharded_param
-                if own.requires_grad and own.grad is None and held.unsharded_accumulated_grad is None:
-                    own.grad = own.new_zeros(own.shape)
+                if own.requires_grad and not _is_waiting(held):
+                    own.grad = torch.zeros(held._orig_size, dtype=own.dtype, device=own.device)
                     missing.append(held.sharded_param)
             self._look([held.sharded_param for held in group.fsdp_params], missing)
         type(group).post_backward(group, *unused)
+
+
+def _is_waiting(held: Any) -> bool:
+    """Whether a parameter has a gradient that is not reduced."""
+    own = getattr(held, "_unsharded_param", None)
+    return own is not None and (own.grad is not None or held.unsharded_accumulated_grad is not None)
+
+
+def discard_gradients(module: FSDPModule, parameters: Collection[nn.Parameter]) -> None:
+    """Forget gradients of ``parameters``, as they are sharded, that are not reduced, in ``module``'s own group."""
+    for group in _groups(module):
+        for held in (h for h in group.fsdp_params if _is_waiting(h) and h.sharded_param in parameters):
+            held._unsharded_param.grad = held.unsharded_accumulated_grad = None
+
+
+def recover(root: FSDPModule) -> None:
+    """Make what an exception has left of a step as it was before it; torch 2.11 has no way to."""
+    state: Any = root._get_fsdp_state()
+    if hasattr(state, "_reset_iter_state"):
+        state._reset_iter_state()
 
 
 def reduce_after_backward(root: FSDPModule, loss: Tensor) -> None:

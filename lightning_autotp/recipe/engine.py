@@ -141,6 +141,8 @@ class Engine:
             autocast: the dtype of autocast in training steps, None without it.
         """
         self._gradients = TPGradients(self.model, self.sharded, compiled=is_compiled(self.model))
+        if self.zero is not None:
+            self.zero.discard()
         with nullcontext() if self.zero is None else self.zero.gathered():
             self.sharded.overlap.measure(autocast)
         share_random_state(self.mesh, device)
@@ -171,6 +173,8 @@ class Engine:
         contexts = ExitStack()
 
         def first(model: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.zero is not None:  # what is gathered may be older than the weights
+                self.zero.reshard()
             self.batch((args, kwargs), (model.training, torch.is_grad_enabled()))
             trains = model.training and torch.is_grad_enabled()
             if trains and self.sharded.context is not None and self.prover is not None and not self.prover.trained:
@@ -206,8 +210,20 @@ class Engine:
         for optimizer in optimizers:
             optimizer_names(self.model, optimizer)
         accept_optimizers(optimizers, self.gradients.layouts, self.mesh, self._complete_gradients, closures=closures)
-        for optimizer in optimizers if self.zero is not None else ():  # what is gathered is older than the step
-            optimizer.register_step_post_hook(self._reshard)
+        for optimizer in optimizers if self.zero is not None else ():
+            optimizer.register_step_post_hook(self._reshard)  # what is gathered is older than the step
+            self._discard_with(optimizer)
+
+    def _discard_with(self, optimizer: Optimizer) -> None:
+        """Let ``optimizer.zero_grad`` forget gradients that are not reduced, too."""
+        own = optimizer.zero_grad
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            assert self.zero is not None
+            self.zero.discard(p for group in optimizer.param_groups for p in group["params"])
+            own(*args, **kwargs)
+
+        vars(optimizer)["zero_grad"] = zero_grad
 
     def _reshard(self, *_: Any) -> None:
         assert self.zero is not None

@@ -17,8 +17,9 @@ stage  between steps        in a step
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -31,8 +32,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from lightning_autotp.compat import tree_leaves, tree_map
 from lightning_autotp.compat.fsdp import (
     before_reduction,
+    discard_gradients,
     fsdp_modules,
     gathered_parameters,
+    recover,
     reduce_after_backward,
 )
 from lightning_autotp.config.training_config import TPTrainingConfig
@@ -40,6 +43,11 @@ from lightning_autotp.distributed.dp_shards import is_dp_sharded, local_rows
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.planning.blocks import children_of, lists_around
 from lightning_autotp.plans.plan import ShardingPlan
+
+_HOOKED = (
+    "zero_stage: {name} has a hook on its gradient, which sharding it over data parallel ranks would lose. Change the"
+    " gradient in `on_before_optimizer_step`, or use zero_stage=0."
+)
 
 _numbers = itertools.count()
 _ZERO, _CALL = "_autotp_zero", "_autotp_call"
@@ -72,8 +80,11 @@ class Zero:
         """By parameter, what the forward pass sees of it, whose gradient the backward pass computes."""
         self.on_reduction: Optional[Callable[[], None]] = None
         """Called before gradients are reduced over the data parallel ranks."""
-        self._reduces = True
+        self._keeps = False
+        """Whether there are gradients that the next backward pass is to reduce."""
         self._names: dict[str, nn.Parameter] = {}
+        self._ran: list[int] = []
+        """The blocks that were run for gradients since the last reduction, in order."""
         self._used: set[nn.Parameter] = set()
         self._call: Callable[..., Any] = vars(model)[_CALL]
 
@@ -85,26 +96,76 @@ class Zero:
     def call(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``step`` returns, a step of the model past its ``forward``, with its parameters gathered as it runs."""
         self.reshard()  # what was gathered in between may be older than the last optimizer's step
-        return self._call(step, *args, **kwargs)
+        self._refuse_later_hooks()
+        if torch.is_grad_enabled() and self.model.training:  # type: ignore[attr-defined]
+            self.share_buffers()
+        try:
+            return self._call(step, *args, **kwargs)
+        except Exception:
+            recover(self.model)
+            raise
 
     def before_backward(self, loss: Tensor) -> None:
         """See to it that gradients are reduced by the backward pass of ``loss`` in a step (manual optimization)."""
         reduce_after_backward(self.model, loss)
 
-    def require_all_reduced(self) -> None:
-        """Require that no gradient has come past the reduction over the data parallel ranks.
+    def discard(self, parameters: Optional[Iterable[nn.Parameter]] = None) -> None:
+        """Forget gradients that are not reduced, of batches without a step; of all parameters by default."""
+        of = set(self.unsharded if parameters is None else parameters)
+        self._keeps = self._keeps and not self.unsharded.keys() <= of
+        for module in self.modules:
+            discard_gradients(module, of)
+
+    @torch.no_grad()
+    def share_buffers(self) -> None:
+        """Give replicas the buffers of the first of them, as torch's DDP does before each forward pass."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in self.model.buffers():  # type: ignore[attr-defined]
+            if buffer.numel() and (buffer.numel() == 1 or 0 not in buffer.stride()):  # one that is expanded is constant
+                kinds.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        for buffers in kinds.values():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            self.mesh.collectives.broadcast(flat, "replicas")
+            for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+                buffer.copy_(part.view_as(buffer))
+
+    def _refuse_later_hooks(self) -> None:
+        for parameter, own in self.unsharded.items():
+            if parameter._backward_hooks:
+                name = next(name for name, p in self._names.items() if p is own)
+                raise ValueError(_HOOKED.format(name=name))
+
+    def agree(self, arrived: bool) -> bool:
+        """Whether gradients have arrived since the last call, on any data parallel rank; every one must call it.
+
+        Args:
+            arrived: whether they have here.
 
         Raises:
-            RuntimeError: naming the parameters and what to call.
+            RuntimeError: on all of them, if one has gradients that came past the reduction, or has run other blocks.
         """
-        names = [name for name, p in self._names.items() if p.grad is not None] if self._reduces else []
-        if names:
+        names = [] if self._keeps else [name for name, p in self._names.items() if p.grad is not None]
+        ran = hash(tuple(self._ran)) >> 2
+        told = torch.tensor([bool(names), arrived, ran, -ran])
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host_group)
+        passed, anywhere, most, least = told.tolist()
+        if most != -least:
             raise RuntimeError(
-                f"zero_stage: the gradients of {', '.join(names[:5])} were not reduced over the data parallel ranks:"
+                "zero_stage: data parallel ranks have run different blocks of the model, or in another order, and have"
+                " gathered the wrong parameters. Draw which blocks are run (layerdrop, stochastic depth) from the same"
+                " random numbers on all ranks, or use zero_stage=0."
+            )
+        if anywhere:
+            self._ran.clear()
+        if passed:
+            raise RuntimeError(
+                f"zero_stage: the gradients of {', '.join(names[:5]) or 'another rank'} were not reduced over the data"
+                " parallel ranks:"
                 " they did not come of a backward pass of what the model's `forward` or its step returns. In manual"
                 " optimization call `self.manual_backward(loss)`; with `torch.func`, or gradients put into `.grad` by"
                 " hand, use zero_stage=0."
             )
+        return bool(anywhere)
 
     def reshard(self) -> None:
         """Free what is gathered: after a forward pass that no backward pass follows."""
@@ -125,12 +186,11 @@ class Zero:
     def without_reduction(self) -> Iterator[None]:
         """Keep whole gradients of the batches in here, to be reduced with the next one's."""
         self.model.set_requires_gradient_sync(False)
-        self._reduces = False
+        self._keeps = True
         try:
             yield
         finally:
             self.model.set_requires_gradient_sync(True)
-            self._reduces = True
 
     def sum_over_shards(self, x: Tensor) -> Tensor:
         """Sum ``x``, of the rows that a rank holds, over those that share them."""
@@ -180,13 +240,21 @@ class Zero:
                 before_reduction(module, self._see)
         names = {parameter: name for name, parameter in self.model.named_parameters()}  # type: ignore[attr-defined]
         self._names = {names[parameter]: own for parameter, own in self.unsharded.items()}
+        for number, module in enumerate(self.modules[1:]):
+            module.register_forward_hook(partial(self._note, number))  # type: ignore[attr-defined]
         on_demand = _OnDemand(self.modules, {own: parameter for parameter, own in self.unsharded.items()})
         for owner in on_demand.owners:
             owner.register_forward_pre_hook(on_demand)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note(self, number: int, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._ran.append(number)
+
     def _see(self, parameters: list[nn.Parameter], unused: list[nn.Parameter]) -> None:
         if self.on_reduction is not None:
             self.on_reduction()
+        self._keeps = False
         self._used -= {p for p in parameters if p.grad is None}  # what is added up begins anew
         self._used |= set(parameters) - set(unused)
 
@@ -325,10 +393,7 @@ def start_alike(model: nn.Module, mesh: Mesh) -> None:
 def _refuse_hooks(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise ValueError(
-                f"zero_stage: {name} has a hook on its gradient, which sharding it over data parallel ranks would lose."
-                " Change the gradient in `on_before_optimizer_step`, or use zero_stage=0."
-            )
+            raise ValueError(_HOOKED.format(name=name))
 
 
 def _device_mesh(mesh: Mesh, group_size: int, device: str) -> tuple[DeviceMesh, dist.ProcessGroup]:

@@ -92,10 +92,8 @@ class TPGradients:
         """
         waiting: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
         gathered: list[tuple[Any, Tensor]] = []
-        if self.zero is not None:
-            self.zero.require_all_reduced()
-        if self.zero is not None and not self._reduced:
-            self._reduced = True
+        if self.zero is not None and self.zero.agree(not self._reduced):
+            self._reduced, self._complete, self._averaged = True, False, False
             self.zero.average_replicated()
             self.zero.forget_unused()
         for parameter, runs in () if self._complete else self.partial.items():

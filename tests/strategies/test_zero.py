@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_autotp import AutoTPStrategy, TPTrainingConfig
+from lightning_autotp import AutoTPStrategy, TPTrainingConfig, parallelize
 from lightning_autotp.distributed.dp_shards import is_dp_sharded, local_rows
 from lightning_autotp.model_sources.small import small_config, small_model
 from tests.helpers.closeness import assert_close
 from tests.helpers.models import LanguageModel, token_batches
 from tests.helpers.own_optimizers import Lars
 from tests.helpers.sharded_runs import assert_parity, batches_for, reference_run, sharded_run
-from tests.helpers.small_nets import Net, Regressor, full_weights, strategy, trainer, unsharded
+from tests.helpers.small_nets import Net, Regressor, Rows, full_weights, strategy, trainer, unsharded
 
 
 def fit(model: Any, **options: Any) -> None:
@@ -192,3 +192,75 @@ def test_generate_after_a_fit_and_the_next_steps_use_the_weights_of_now() -> Non
     assert torch.equal(tokens, plain.generate(batches[0][:1, :4], max_new_tokens=4, do_sample=False))  # type: ignore[operator]
     plugin.engine.zero.reshard()  # type: ignore[union-attr]
     assert sum(local_rows(p).numel() for p in model.parameters()) < sum(p.numel() for p in plain.parameters())
+
+
+class Hooked(Regressor):
+    def on_train_start(self) -> None:
+        self.net.up.weight.register_hook(lambda grad: grad * 2)  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.ranks(2)
+def test_a_hook_that_comes_after_sharding_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"zero_stage: net\.up\.weight has a hook on its gradient"):
+        fit(Hooked(), zero_stage=3)
+
+
+class Skips(nn.Module):
+    """Runs another block on each replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Net() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[torch.distributed.get_rank()](x)
+        return y
+
+
+@pytest.mark.ranks(2)
+def test_replicas_that_run_different_blocks_are_told() -> None:
+    with pytest.raises(RuntimeError, match="zero_stage: data parallel ranks have run different blocks"):
+        trainer(strategy(1, zero_stage=3, proof="off")).fit(Regressor(Skips))
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.ranks(2)
+def test_statistics_are_the_first_replicas_as_without_zero() -> None:
+    found = []
+    for stage in (0, 3):
+        model = Regressor(Normed)
+        fit(model, zero_stage=stage)
+        found.append(
+            {**full_weights(model), **{n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}}
+        )
+    assert_close(found[1], found[0], 1e-5, "weight or statistic")
+
+
+@pytest.mark.ranks(2)
+def test_gradients_of_batches_without_a_step_do_not_come_back() -> None:
+    def weights_of(wasted: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        found = parallelize(nn.Sequential(Net()), zero_stage=2)
+        optimizer = torch.optim.AdamW(found.module.parameters(), lr=0.02, eps=1e-5)
+        rows = Rows(8).rows.chunk(2)[found.mesh.dp_rank]
+        for number in range(3):
+            if wasted and number == 1:
+                with found.no_sync():
+                    (100 * found.model(rows).square().mean()).backward()
+                optimizer.zero_grad()
+            (found.model(rows) - rows.flip(-1)).square().mean().backward()
+            found.step(optimizer)
+            optimizer.zero_grad()
+        return full_weights(found.module)
+
+    assert_close(weights_of(True), weights_of(False), 1e-6, "weight")
