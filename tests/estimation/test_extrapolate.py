@@ -83,6 +83,7 @@ def test_few_blocks_and_small_batches_say_what_all_do(model: str, layers: int, t
         alike(way.step(batch, 1), traced)
 
 
+@pytest.mark.long
 def test_a_way_for_each_switch(tmp_path: Path) -> None:
     path = saved(tmp_path, "llama", 4)
     with without_values(path):

@@ -77,6 +77,7 @@ def test_a_found_layout_costs_what_its_own_estimate_says(found: Found) -> None:
         assert mine.tokens == own.tokens and mine.parameters == own.parameters
 
 
+@pytest.mark.long
 def test_what_does_not_fit_says_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = llama(tmp_path, vocab_size=32768, hidden_size=512, intermediate_size=1024)
     small = GPUS["h100"]._asdict() | {"memory": 3.2}

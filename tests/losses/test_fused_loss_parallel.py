@@ -156,6 +156,7 @@ def test_without_gradients_logits_are_whole() -> None:
     assert_close({"logits": output.logits, "loss": output.loss}, {"logits": want.logits, "loss": want.loss}, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.ranks(2, timeout=240)
 def test_a_compiled_model() -> None:
     model = fused_llama(partial(tiny_llama, layers=1))

@@ -124,7 +124,7 @@ def test_fit_at_tp2(factory: Callable[..., Any], reentrant: bool) -> None:
 
 @pytest.mark.parametrize(
     ("factory", "reentrant"),
-    corners_of(product([llama, qwen3], [False, True]), [(llama, False), (qwen3, True)]),
+    corners_of(product([llama, qwen3], [False, True]), [(qwen3, True)]),
 )
 @pytest.mark.ranks(4)
 def test_fit_at_tp4(factory: Callable[..., Any], reentrant: bool) -> None:
@@ -216,7 +216,7 @@ def measured(
 
 @pytest.mark.parametrize(
     ("factory", "reentrant"),
-    corners_of(product((llama, plain), (False, True)), [(llama, False), (plain, True)]),
+    corners_of(product((llama, plain), (False, True)), [(llama, False)]),
 )
 @pytest.mark.ranks(4)
 def test_a_rank_keeps_its_part_and_gathers_once_a_block(
@@ -503,6 +503,7 @@ def compiled(**options: Any) -> Any:
     return net
 
 
+@pytest.mark.long
 @pytest.mark.ranks(2, timeout=240)
 def test_blocks_compiled_with_their_checkpoints_inside_are_left_alone() -> None:
     torch._dynamo.reset()

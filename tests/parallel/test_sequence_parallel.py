@@ -146,6 +146,7 @@ def test_packed_sequences_by_position_ids_and_a_mask() -> None:
         assert torch.allclose(whole(tokens, **more).logits, net(tokens, **more).logits, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.ranks(2, timeout=240)
 def test_compiled_blocks(backend: str) -> None:

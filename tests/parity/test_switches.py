@@ -120,6 +120,7 @@ def test_eager_switches_with_experts() -> None:
     check(2, switches, partial(tiny_mixtral, experts="grouped_mm"), tiny_mixtral)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("on", [pytest.param(("compile",), marks=pytest.mark.long), SWITCHES], ids="+".join)
 @pytest.mark.ranks(2, timeout=240)

@@ -46,7 +46,7 @@ def check(numbers: range) -> None:
 
 
 def test_some_broken_plans() -> None:
-    check(range(6, 18))  # each type once, half of them with sequence parallelism
+    check(range(9, 15))  # half of them with sequence parallelism
 
 
 @pytest.mark.long

@@ -39,6 +39,12 @@ REFUSED_BY_ZERO_ALONE = {
     "batch-size-finder": "not supported with distributed strategies",
 }
 """What is refused with ZeRO and no tensor parallelism, which has sentences of its own."""
+RARELY = {
+    *("lr-step", "lr-epoch", "lr-monitor", "timer", "accumulation-scheduler", "predictions", "clip-value", "averaging"),
+    *("own-clipping", "clip-by-hand", "other-trainers", "functional-call", "gradient-penalty", "validate-fit-test"),
+}
+"""What is tried with one layout where there is time: others show as much."""
+
 QUICK = {
     "tp2xdp2": [
         "gan",
@@ -49,7 +55,7 @@ QUICK = {
         "torchmetrics",
         "generate",
     ],
-    "tp2": list(FEATURES),
+    "tp2": [name for name in FEATURES if name not in RARELY],
     "tp2xdp2-zero3": ["manual", "gan", "sam", "unused-in-some-steps", "generate", "func-grad", "own-average"],
 }
 """What is tried always."""

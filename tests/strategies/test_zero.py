@@ -155,7 +155,9 @@ def adapted() -> nn.Module:
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
-@pytest.mark.parametrize("factory", [partial(of_type, "mixtral"), adapted], ids=["mixtral", "lora"])
+@pytest.mark.parametrize(
+    "factory", [partial(of_type, "mixtral"), pytest.param(adapted, marks=pytest.mark.long)], ids=["mixtral", "lora"]
+)
 @pytest.mark.ranks(4, timeout=120)
 def test_experts_and_adapters_are_the_unsharded_run_at_tp2_dp2(factory: Any, stage: int) -> None:
     batches = batches_for(131)

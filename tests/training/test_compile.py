@@ -79,6 +79,7 @@ class CheckpointedBlock(nn.Module):
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inside", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.ranks(2, timeout=240)
 def test_checkpointing_inside_one_graph_and_around_compiled_blocks(inside: bool) -> None:
@@ -175,7 +176,7 @@ def test_autocast_in_a_graph() -> None:
 
 @pytest.mark.parametrize(
     ("sequence_parallel", "model_type"),
-    corners_of(product([False, True], ["llama", "mixtral"]), [(False, "llama"), (True, "mixtral")]),
+    corners_of(product([False, True], ["llama", "mixtral"]), [(True, "mixtral")]),
 )
 @pytest.mark.ranks(2, timeout=240)
 def test_compiled_blocks_of_a_model_break_no_graph(model_type: str, sequence_parallel: bool) -> None:

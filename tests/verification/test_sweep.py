@@ -10,7 +10,7 @@ DENSE = ["llama", "qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "bloom", "t5"]
 OTHERS = ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_next"]
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("model_type", [*DENSE, *OTHERS])
 def test_an_architecture_is_the_unsharded_run(model_type: str, tp_size: int) -> None:
     report = verify(model_type, tp_size)  # 8 query heads, and 2 key heads where there may be fewer
