@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from lightning_autotp.compat import tree_leaves, tree_map
 from lightning_autotp.compat.fsdp import (
     before_reduction,
     discard_gradients,
@@ -39,10 +38,11 @@ from lightning_autotp.compat.fsdp import (
     reduce_after_backward,
 )
 from lightning_autotp.config.training_config import TPTrainingConfig
-from lightning_autotp.distributed.dp_shards import is_dp_sharded, local_rows
+from lightning_autotp.distributed.dp_shards import local_rows
 from lightning_autotp.distributed.mesh import Mesh
 from lightning_autotp.planning.blocks import children_of, lists_around
 from lightning_autotp.plans.plan import ShardingPlan
+from lightning_autotp.sharding.zero_hooks import OnDemand, with_own_memory
 
 _HOOKED = (
     "zero_stage: {name} has a hook on its gradient, which sharding it over data parallel ranks would lose. Change the"
@@ -242,7 +242,7 @@ class Zero:
         self._names = {names[parameter]: own for parameter, own in self.unsharded.items()}
         for number, module in enumerate(self.modules[1:]):
             module.register_forward_hook(partial(self._note, number))  # type: ignore[attr-defined]
-        on_demand = _OnDemand(self.modules, {own: parameter for parameter, own in self.unsharded.items()})
+        on_demand = OnDemand(self.modules, {own: parameter for parameter, own in self.unsharded.items()})
         for owner in on_demand.owners:
             owner.register_forward_pre_hook(on_demand)
 
@@ -257,34 +257,6 @@ class Zero:
         self._keeps = False
         self._used -= {p for p in parameters if p.grad is None}  # what is added up begins anew
         self._used |= set(parameters) - set(unused)
-
-
-class _OnDemand:
-    """Gathers the parameters of a module that runs outside of the call that gathers them.
-
-    A step may call a layer of a block, or go on after a backward pass, and ``generate`` runs a model inside of the one
-    that is sharded. What is frozen or thawed in a step, as ``toggle_optimizer`` does, is so for what is gathered, too.
-    """
-
-    def __init__(self, modules: list[FSDPModule], sharded: dict[nn.Parameter, nn.Parameter]) -> None:
-        self._sharded = sharded
-        self._of: dict[nn.Module, FSDPModule] = {}
-        for module in modules:  # outermost first, so that the innermost wins
-            for inner in module.modules():  # type: ignore[attr-defined]
-                if any(is_dp_sharded(p) for p in inner._parameters.values()):
-                    self._of[inner] = module
-
-    @property
-    def owners(self) -> list[nn.Module]:
-        return list(self._of)
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if any(is_dp_sharded(p) for p in module._parameters.values()):
-            self._of[module].unshard()
-        for parameter in module._parameters.values():
-            sharded = None if parameter is None else self._sharded.get(parameter)
-            if sharded is not None and sharded.requires_grad != parameter.requires_grad:  # type: ignore[union-attr]
-                parameter.requires_grad_(sharded.requires_grad)  # type: ignore[union-attr]
 
 
 def zero_of(model: nn.Module) -> Optional[Zero]:
@@ -318,7 +290,7 @@ def shard_over_dp(model: nn.Module, plan: ShardingPlan, mesh: Mesh, stage: int, 
     attributes = {name: vars(p).copy() for name, p in model.named_parameters()}
     options: dict[str, Any] = {"mesh": device_mesh, "ignored_params": set(numbers)}
     for block in _blocks(model, plan):
-        block.register_forward_hook(_with_own_memory)  # before FSDP2's own
+        block.register_forward_hook(with_own_memory)  # before FSDP2's own
         fully_shard(block, reshard_after_forward=stage == 3, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     assert isinstance(model, FSDPModule)
@@ -348,30 +320,6 @@ def shard_as_asked(model: nn.Module, plan: ShardingPlan, mesh: Mesh, switches: T
     if switches.zero_stage and not stage:
         rank_zero_info("lightning_autotp: zero_stage: there is one data parallel rank, so there is nothing to share.")
     return shard_over_dp(model, plan, mesh, stage, switches.zero_group_size) if stage else None
-
-
-def _with_own_memory(block: nn.Module, args: Any, output: Any) -> Any:
-    """``output`` of a block, as FSDP2 can see its gradient arrive, before which it gathers the block's parameters.
-
-    It does so by hooks on tensors, which changing a view in place takes off.
-
-    Raises:
-        ValueError: if there are no tensors in it that can be seen.
-    """
-    if not torch.is_grad_enabled():
-        return output
-    leaves = tree_leaves(output)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves) and any(hasattr(leaf, "__dict__") for leaf in leaves):
-        raise ValueError(
-            f"zero_stage: a block ({type(block).__name__}) returns {type(leaves[0]).__name__}, in which its tensors are"
-            " not seen. Return tensors, tuples, lists, dicts or registered dataclasses from it, or use zero_stage=0."
-        )
-    viewed = any(isinstance(leaf, Tensor) and leaf._base is not None and leaf.requires_grad for leaf in leaves)
-    return tree_map(_own, output) if viewed else output
-
-
-def _own(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf._base is not None and leaf.requires_grad else leaf
 
 
 def _call_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
